@@ -1,0 +1,1 @@
+"""What the services share: settings, streams, artifacts, rpc, telemetry, auth, and the generated protobuf."""

@@ -1,0 +1,1 @@
+"""Readers and writers of demonstrations, the camera grid and the video codec."""
