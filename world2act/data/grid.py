@@ -1,4 +1,4 @@
-"""Cameras stitched into one 2x2 image (paper supplement E): LIBERO and Meta-World put primary and wrist on top, bottom row black."""
+"""Cameras stitched into one 2x2 image (paper supplement E): primary and wrist on top, bottom row black."""
 
 from __future__ import annotations
 

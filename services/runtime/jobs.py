@@ -1,0 +1,110 @@
+"""Jobs: what the gateway accepts and the trainer runs. State is a Redis hash, progress a Redis stream, cancellation a flag."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Iterator
+from typing import Any, Literal, cast
+
+import redis
+from pydantic import BaseModel
+
+from services.runtime.messages import JOBS, JobRequest
+from services.runtime.streams import publish
+
+Status = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+ENDED = ("succeeded", "failed", "cancelled")
+KEEP_SECONDS = 30 * 24 * 3600
+
+
+class JobCancelledError(Exception):
+    """The user deleted the job; whoever runs it stops at the next step."""
+
+
+class Job(BaseModel):
+    """A job as GET /jobs/{id} shows it. Times are Unix seconds."""
+
+    id: str
+    kind: str
+    status: Status = "queued"
+    params: dict[str, Any] = {}
+    progress: float = 0.0
+    message: str = ""
+    result: dict[str, Any] = {}
+    error: str = ""
+    created: float = 0.0
+    started: float = 0.0
+    finished: float = 0.0
+
+
+class JobStore:
+    """Reads and writes jobs. Every change of state is also an event, which GET /jobs/{id}/events streams."""
+
+    def __init__(self, client: redis.Redis) -> None:
+        self.client = client
+
+    def _key(self, job: str) -> str:
+        return f"w2a:job:{job}"
+
+    def create(self, kind: str, params: dict[str, Any]) -> Job:
+        """Store a queued job and put its request on the jobs stream."""
+        job = Job(id=uuid.uuid4().hex[:16], kind=kind, params=params, created=time.time())
+        self._save(job)
+        publish(self.client, JOBS, JobRequest.model_validate({"id": job.id, "kind": kind, "params": params}))
+        return job
+
+    def _save(self, job: Job) -> None:
+        self.client.set(self._key(job.id), job.model_dump_json(), ex=KEEP_SECONDS)
+
+    def get(self, job: str) -> Job | None:
+        data = self.client.get(self._key(job))
+        return Job.model_validate_json(str(data)) if data else None
+
+    def update(self, job: str, **changes: Any) -> Job:
+        """Change fields; an ended job does not change its status again."""
+        found = self.get(job)
+        if found is None:
+            raise KeyError(job)
+        if found.status in ENDED:
+            changes.pop("status", None)
+        updated = found.model_copy(update=changes)
+        self._save(updated)
+        self.event(
+            job,
+            "status",
+            {"status": updated.status, "progress": updated.progress, "message": updated.message, "error": updated.error},
+        )
+        return updated
+
+    def event(self, job: str, name: str, data: dict[str, Any]) -> None:
+        """Append a progress event (about 20,000 are kept)."""
+        key = f"{self._key(job)}:events"
+        fields: dict[Any, Any] = {"name": name, "data": json.dumps({"time": time.time(), **data})}
+        self.client.xadd(key, fields, maxlen=20_000, approximate=True)
+        self.client.expire(key, KEEP_SECONDS)
+
+    def events(self, job: str, after: str = "0", block_ms: int | None = None) -> Iterator[tuple[str, str, dict[str, Any]]]:
+        """(entry id, name, data) after `after`; with `block_ms` waits that long for the first."""
+        reply = cast(Any, self.client.xread({f"{self._key(job)}:events": after}, count=1000, block=block_ms))
+        for _, entries in reply or []:
+            for entry, fields in entries:
+                yield entry, fields["name"], json.loads(fields["data"])
+
+    def cancel(self, job: str) -> Job:
+        """Ask whoever runs it to stop; a queued job ends at once."""
+        self.client.set(f"{self._key(job)}:cancel", "1", ex=KEEP_SECONDS)
+        found = self.get(job)
+        if found is None:
+            raise KeyError(job)
+        if found.status == "queued":
+            return self.update(job, status="cancelled", finished=time.time(), message="cancelled before it started")
+        return found
+
+    def cancelled(self, job: str) -> bool:
+        return bool(self.client.exists(f"{self._key(job)}:cancel"))
+
+    def raise_if_cancelled(self, job: str) -> None:
+        if self.cancelled(job):
+            raise JobCancelledError(job)
