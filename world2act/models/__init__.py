@@ -1,0 +1,1 @@
+"""Networks: world model, base policy, adapters, residual policy."""
