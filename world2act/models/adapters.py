@@ -6,32 +6,20 @@ Latents (B, K, C, h, w) and action chunks (B, K, M, A) meet in one space of D nu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from world2act import types
-from world2act.models import weights
+from world2act.models import store
 from world2act.normalisation import Statistics
 
 KIND = "adapters"
-
-
-class MismatchError(ValueError):
-    """Two weights files that were not made for each other."""
-
-
-def take_statistics(tensors: Mapping[str, Tensor], prefix: str, path: Path | str) -> Statistics:
-    """Statistics out of a weights file; the error names the file."""
-    try:
-        return Statistics.take(tensors, prefix)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -60,7 +48,8 @@ class AdapterSettings:
 
 def to_sphere(embedding: Tensor) -> Tensor:
     """(..., D) -> the same direction at length sqrt(D): each component has unit mean square."""
-    return F.normalize(embedding, dim=-1) * embedding.shape[-1] ** 0.5
+    direction: Tensor = F.normalize(embedding, dim=-1)
+    return direction * math.sqrt(embedding.shape[-1])
 
 
 class VideoAdapter(nn.Module):
@@ -112,7 +101,7 @@ class ActionDecoder(nn.Module):
 
     def forward(self, embedding: Tensor) -> Tensor:
         chunk: Tensor = self.net(embedding)
-        return chunk.unflatten(-1, self.shape)
+        return chunk.view(*chunk.shape[:-1], *self.shape)
 
 
 class Adapters(nn.Module):
@@ -136,38 +125,42 @@ class Adapters(nn.Module):
         self.decoder = ActionDecoder(settings)
 
     def check_worldmodel(self, found: str) -> None:
-        """Raise MismatchError unless `found` is the hash of the world model these adapters were trained on."""
+        """Raise store.WeightsError unless `found` is the hash of the world model these adapters were trained on."""
         if found != self.worldmodel_hash:
-            raise MismatchError(
+            raise store.WeightsError(
                 f"adapters: trained on world model {self.worldmodel_hash[:12]}, but the one in use is {found[:12]}; "
                 "their latents differ: train Stage 1 again (python -m world2act.stage1) or load the matching weights"
             )
 
-    def _bytes(self) -> bytes:
-        config = {"settings": asdict(self.settings), "worldmodel_hash": self.worldmodel_hash}
-        return weights.serialise(KIND, {**self.state_dict(), **self.actions.tensors("actions")}, config, self.card)
+    def _contents(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        metadata = {
+            "kind": KIND,
+            "config": {"settings": asdict(self.settings), "worldmodel_hash": self.worldmodel_hash},
+            "card": self.card,
+        }
+        return {**self.state_dict(), **self.actions.tensors("actions")}, metadata
 
     @property
     def hash(self) -> str:
         """sha256 of what `save` writes."""
-        return weights.digest(self._bytes())
+        return store.content_hash(store.to_bytes(*self._contents()))
 
     def save(self, path: Path | str, card: Mapping[str, Any] | None = None) -> str:
         """Write weights, settings, statistics, world-model hash and `card`; returns the file's hash."""
         if card is not None:
             self.card = dict(card)
-        return weights.write(Path(path), self._bytes())
+        return store.write(path, *self._contents())
 
     @classmethod
     def load(cls, path: Path | str) -> Adapters:
-        """Raises ValueError for a damaged file, missing statistics, or tensors that do not fit the settings."""
-        found = weights.read(Path(path), KIND)
+        """Raises WeightsError for a damaged file, missing statistics, or tensors that do not fit the settings."""
+        tensors, metadata, _ = store.read(path, KIND)
         try:
-            values = found.config["settings"]
+            values = metadata["config"]["settings"]
             settings = AdapterSettings(**{**values, "pool_grid": tuple(values["pool_grid"])})
-            worldmodel_hash = found.config["worldmodel_hash"]
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{path}: config does not describe adapters ({error})") from None
-        adapters = cls(settings, take_statistics(found.tensors, "actions", path), worldmodel_hash, found.card)
-        weights.fill(adapters, {k: v for k, v in found.tensors.items() if not k.startswith("actions.")}, path)
+            statistics = Statistics.take(tensors, "actions")
+            adapters = cls(settings, statistics, metadata["config"]["worldmodel_hash"], metadata["card"])
+            adapters.load_state_dict({k: v for k, v in tensors.items() if not k.startswith("actions.")})
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise store.WeightsError(f"{path}: does not hold adapters that fit their settings ({error})") from None
         return adapters.eval().requires_grad_(False)
