@@ -1,0 +1,141 @@
+"""Gripper width -> contact events (METHOD: paper section 3, vision stream; supplement E).
+
+Closure signal d_t = w_0 - w_t, w_0 the calibrated fully-open width. The paper calls frame t contact when d_t >= Delta = 0.05 m.
+A Panda opens 0.08 m, so one Delta cannot serve every hand: thresholds are per embodiment and have hysteresis (contact starts
+at d >= delta_on and lasts until d < delta_off), short gaps are closed, short events dropped. The gap between commanded and
+actual width is an optional second cue, for objects so wide that d never reaches delta_on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+WidthArray = npt.NDArray[np.float64]
+
+MAX_WIDTH_M = 0.5
+"""No gripper of this project opens wider; a larger value is in another unit."""
+
+MAX_FRAMES = 1_000_000
+"""Longest series accepted; at 20 Hz this is 14 hours."""
+
+
+@dataclass(frozen=True)
+class GripperCalibration:
+    """What contact means for one gripper; widths in metres, lengths in frames.
+
+    gap_m and settle_m serve the commanded-versus-actual cue only: fingers that stay gap_m wider than commanded while
+    moving less than settle_m a frame are held apart by an object.
+    Raises ValueError naming the field when a value is out of range.
+    """
+
+    open_width_m: float
+    delta_on_m: float
+    delta_off_m: float
+    min_frames: int = 3
+    min_gap_frames: int = 3
+    gap_m: float = 0.015
+    settle_m: float = 0.001
+
+    def __post_init__(self) -> None:
+        if not 0 < self.open_width_m <= MAX_WIDTH_M:
+            raise ValueError(f"open_width_m: {self.open_width_m} must be in (0, {MAX_WIDTH_M}] metres")
+        if not 0 < self.delta_off_m <= self.delta_on_m <= self.open_width_m:
+            raise ValueError(
+                f"delta_off_m, delta_on_m: 0 < delta_off_m <= delta_on_m <= open_width_m must hold, got {self.delta_off_m}, "
+                f"{self.delta_on_m} with open_width_m {self.open_width_m}"
+            )
+        for name in ("min_frames", "min_gap_frames"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)} must be at least 1")
+        for name in ("gap_m", "settle_m"):
+            if not 0 < getattr(self, name) <= MAX_WIDTH_M:
+                raise ValueError(f"{name}: {getattr(self, name)} must be in (0, {MAX_WIDTH_M}] metres")
+
+
+@dataclass(frozen=True)
+class ContactEvent:
+    """One contact: frames onset .. offset-1; offset is None while the contact still lasts at the last frame.
+
+    width_m is the median width while in contact: what is between the fingers.
+    """
+
+    onset: int
+    offset: int | None
+    width_m: float
+
+
+def check_widths(widths: npt.ArrayLike, frames: int | None = None, field: str = "gripper_width_m") -> WidthArray:
+    """`widths` as float64 (F,) in metres. Raises ValueError naming `field` and the limit for every kind of bad series.
+
+    frames: how many frames the episode has, where known; the series must have as many.
+    """
+    try:
+        w = np.asarray(widths, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"{field}: must be a list of numbers, metres") from None
+    if w.ndim != 1:
+        raise ValueError(f"{field}: must have one dimension (one width per frame), got shape {w.shape}")
+    if w.size == 0:
+        raise ValueError(f"{field}: is empty; at least one width is needed")
+    if w.size > MAX_FRAMES:
+        raise ValueError(f"{field}: has {w.size} values, the limit is {MAX_FRAMES}")
+    if frames is not None and w.size != frames:
+        raise ValueError(f"{field}: has {w.size} values, but the episode has {frames} frames; one width per frame is needed")
+    finite = np.isfinite(w)
+    if not finite.all():
+        raise ValueError(f"{field}: value {int(np.argmin(finite))} is NaN or infinite")
+    low, high = float(w.min()), float(w.max())
+    if low < 0:
+        raise ValueError(f"{field}: value {int(w.argmin())} is {low:g}; a width is at least 0 m")
+    if high > MAX_WIDTH_M:
+        raise ValueError(
+            f"{field}: value {int(w.argmax())} is {high:g}, more than {MAX_WIDTH_M} m: this looks like millimetres; give metres"
+        )
+    return w
+
+
+def contact_mask(w: WidthArray, calibration: GripperCalibration, commanded: WidthArray | None = None) -> npt.NDArray[np.bool_]:
+    """Contact by hysteresis, before lengths are looked at: bool (F,). `commanded`: (F,) commanded widths in metres, or None."""
+    closure = calibration.open_width_m - w
+    on = closure >= calibration.delta_on_m
+    off = closure < calibration.delta_off_m
+    if commanded is not None:
+        still = np.abs(np.diff(w, prepend=np.inf)) <= calibration.settle_m
+        on = on | ((w - commanded >= calibration.gap_m) & still & ~off)
+    # State at t = that of the last decided frame: carry its index forward. Before any decision the gripper counts as open.
+    decided = on | off
+    last = np.maximum.accumulate(np.where(decided, np.arange(w.size), -1))
+    mask: npt.NDArray[np.bool_] = on[last] & (last >= 0)
+    return mask
+
+
+def contact_events(
+    widths: npt.ArrayLike, calibration: GripperCalibration, *, commanded: npt.ArrayLike | None = None, frames: int | None = None
+) -> tuple[ContactEvent, ...]:
+    """The contacts of a width series (F,) in metres, in time order.
+
+    Gaps shorter than min_gap_frames are closed first (a bounce is one contact), then events shorter than min_frames dropped.
+    commanded: optional commanded widths (F,), the second cue. Raises ValueError as `check_widths`.
+    """
+    w = check_widths(widths, frames)
+    command = None if commanded is None else check_widths(commanded, w.size, "commanded_width_m")
+    mask = contact_mask(w, calibration, command)
+    edges = np.flatnonzero(np.diff(mask, prepend=False, append=False))
+    starts, ends = edges[0::2], edges[1::2]
+    if starts.size > 1:
+        wide = starts[1:] - ends[:-1] >= calibration.min_gap_frames
+        starts, ends = starts[np.r_[True, wide]], ends[np.r_[wide, True]]
+    keep = ends - starts >= calibration.min_frames
+    return tuple(
+        ContactEvent(int(a), int(b) if b < w.size else None, float(np.median(w[a:b])))
+        for a, b in zip(starts[keep], ends[keep], strict=True)
+    )
+
+
+def as_json(events: Sequence[ContactEvent]) -> list[dict[str, float | int | None]]:
+    """Events as JSON objects."""
+    return [{"onset": e.onset, "offset": e.offset, "width_m": round(e.width_m, 6)} for e in events]

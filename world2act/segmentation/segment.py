@@ -1,0 +1,114 @@
+"""An episode cut into skills: events -> plan -> alignment -> whole chunks (METHOD: paper section 3).
+
+Whole chunks. A skill's clip is 1 + M*n frames with n chunks of M actions, counted from the skill's own start, as the causal
+VAE needs. The first skill starts at frame 0, and a boundary found at frame b moves *up* to the next multiple of M actions after
+the skill's start. Up, because a running policy can switch skills only at the next chunk start after it sees the contact:
+so the clip it was trained on and the skill it is given agree. An incomplete last chunk of the episode is left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy.typing as npt
+
+from world2act.segmentation.alignment import align
+from world2act.segmentation.events import ContactEvent, GripperCalibration, check_widths, contact_events
+from world2act.segmentation.planner import Plan, Planner, RuleBasedPlanner
+from world2act.segmentation.schemas import DEFAULT_EMBODIMENT, load_schemas
+from world2act.types import Episode, M, Skill
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """Skills of one episode, or why there are none. reasons: one per skill, then notes on events that were not used.
+
+    length: actions in the episode; task: the schema's name, None for an instruction no schema knows.
+    """
+
+    skills: tuple[Skill, ...]
+    discarded: str | None
+    events: tuple[ContactEvent, ...]
+    reasons: tuple[str, ...]
+    prompts: tuple[str, ...] = ()
+    task: str | None = None
+    length: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object with the field names of this class."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Segmentation:
+        """The inverse of `to_json`, also after a trip through JSON text."""
+        skills = tuple(Skill(**s) for s in content["skills"])
+        events = tuple(ContactEvent(**e) for e in content["events"])
+        rest = {"reasons": tuple(content["reasons"]), "prompts": tuple(content["prompts"])}
+        return cls(skills, content["discarded"], events, task=content["task"], length=content["length"], **rest)
+
+
+@lru_cache(maxsize=1)
+def default_planner() -> RuleBasedPlanner:
+    """The planner used where none is given: one per process, so that its cache serves every episode."""
+    return RuleBasedPlanner()
+
+
+def snap(frame: int, start: int) -> int:
+    """The first frame at or after `frame` that is whole chunks of M actions after `start`."""
+    return start + -(-(frame - start) // M) * M
+
+
+def _cut(plan: Plan, events: tuple[ContactEvent, ...], actions: int) -> Segmentation:
+    """Skills from events; discards with a reason what the schema does not explain or what is shorter than a chunk."""
+    usable = actions // M * M
+    found = align(events, plan.schema, actions)
+    skills: list[Skill] = []
+    discarded, start = found.discarded, 0
+    if discarded is None and usable == 0:
+        discarded = f"episode has {actions} actions, fewer than one chunk of {M}"
+    for step, end, reason in zip(found.steps, found.ends, found.reasons, strict=True):
+        stop = usable if step.ends == "end" else snap(end, start)
+        if discarded is None and (stop - start < M or stop > usable):
+            discarded = f"step {step.prompt!r} has less than one chunk of {M} actions (actions {start} to {min(stop, usable)})"
+        moved = f", cut at {stop}" if stop != end else ""
+        skills.append(Skill(step.prompt, start, stop, reason + moved))
+        start = stop
+    if discarded is not None:
+        return Segmentation((), discarded, events, found.notes, plan.prompts, plan.task, actions)
+    reasons = tuple(s.reason for s in skills) + found.notes
+    return Segmentation(tuple(skills), None, events, reasons, plan.prompts, plan.task, actions)
+
+
+def segment_series(
+    widths: npt.ArrayLike,
+    instruction: str,
+    *,
+    task: str | None = None,
+    frames: int | None = None,
+    calibration: GripperCalibration | None = None,
+    commanded: npt.ArrayLike | None = None,
+    planner: Planner | None = None,
+) -> Segmentation:
+    """Skills from gripper widths (F,) in metres, one per frame: F frames are F - 1 actions.
+
+    task: the simulator's task name where known (else the instruction decides); frames: how many frames the episode has, to
+    check the length against; calibration: default Meta-World's; commanded: (F,) commanded widths, the second cue.
+    Raises ValueError naming the field and the limit for bad widths or a bad instruction. A *readable* episode that does not
+    show its steps is no error: it comes back discarded, with its reason.
+    """
+    w = check_widths(widths, frames)
+    plan = (planner or default_planner()).plan(instruction, task)
+    calibration = calibration or load_schemas().calibration(DEFAULT_EMBODIMENT)
+    return _cut(plan, contact_events(w, calibration, commanded=commanded), w.size - 1)
+
+
+def segment_episode(
+    episode: Episode, *, calibration: GripperCalibration | None = None, planner: Planner | None = None
+) -> Segmentation:
+    """Skills of a recorded episode; see `segment_series`. Skill indices count its actions (frames start .. end)."""
+    frames = len(episode.actions) + 1
+    return segment_series(
+        episode.widths, episode.instruction, task=episode.task, frames=frames, calibration=calibration, planner=planner
+    )
