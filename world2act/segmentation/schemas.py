@@ -28,7 +28,10 @@ DEFAULT_EMBODIMENT = "metaworld"
 
 # A noun phrase: words, but never a conjunction (a pattern must not swallow a second command) or a particle.
 _WORD = r"(?!(?:and|then|up|down)\b)[\w'-]+"
-PREPOSITIONS = tuple("at on onto in into to from with over under near inside beside off out toward towards by".split())
+PREPOSITIONS = (
+    *("at", "on", "onto", "in", "into", "to", "from", "with", "over", "under", "near", "inside", "beside", "off", "out"),
+    *("toward", "towards", "by"),
+)
 _DETERMINERS = ("the", "a", "an", "this", "that", "my", "your", "its", "all", "both", "some", "it", "them")
 
 
@@ -86,7 +89,7 @@ class SchemaTable:
         return self.calibrations[embodiment]
 
     def match(self, instruction: str) -> TaskSchema | None:
-        """The row that `instruction` names, or the first whose pattern is the whole of it; prompts filled. None if there is none."""
+        """The row that `instruction` names, or the first whose pattern is all of it; prompts filled. None if there is none."""
         text = re.sub(r"(?:,| and then | then )[ ,]*(?:and |then )*", " then ", normalise(instruction)).replace("  ", " ")
         for row in self.tasks:
             if text.replace(" ", "-") == row.task:
