@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from world2act.models.store import WeightsError
 from world2act.models.tiny_policy import TinyPolicy
-from world2act.models.weights import WeightsError
 from world2act.models.worldmodel import WorldModel
 
 

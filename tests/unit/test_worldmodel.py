@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from world2act.models.store import WeightsError
 from world2act.models.text import token_batch, word_ids
 from world2act.models.tiny_policy import TinyPolicy
 from world2act.models.vae import VAEConfig
-from world2act.models.weights import WeightsError
 from world2act.models.worldmodel import WorldModel, WorldModelConfig
 
 SMALL = WorldModelConfig(vae=VAEConfig(widths=(8, 8, 16)), heads=2, head_width=12, layers=1, text_width=8, adaln_width=8)

@@ -17,7 +17,7 @@ import torch
 from diffusers import CosmosTransformer3DModel
 from torch import nn
 
-from world2act.models import weights
+from world2act.models import store
 from world2act.models.text import WordEmbedding
 from world2act.models.vae import VAEConfig, VideoVAE, check_frames
 
@@ -81,25 +81,25 @@ class WorldModel(nn.Module):
     @property
     def hash(self) -> str:
         """sha256 of the weights file (of the file that `save` would write with an empty card, if never saved or loaded)."""
-        return self._hash or weights.digest(self._bytes({}))
+        return self._hash or store.content_hash(store.to_bytes(self.state_dict(), self._metadata({})))
 
-    def _bytes(self, card: dict[str, Any]) -> bytes:
-        return weights.serialise(KIND, self.state_dict(), asdict(self.config), card)
+    def _metadata(self, card: dict[str, Any]) -> dict[str, Any]:
+        return {"kind": KIND, "config": asdict(self.config), "card": card}
 
     def save(self, path: Path | str, card: dict[str, Any]) -> None:
         """Write weights, configuration and card to `path`, whole or not at all."""
-        self._hash, self.card = weights.write(Path(path), self._bytes(card)), card
+        self._hash, self.card = store.write(path, self.state_dict(), self._metadata(card)), card
 
     @classmethod
     def load(cls, path: Path | str) -> WorldModel:
-        """Read a world model in evaluation mode, gradients off. Raises weights.WeightsError if the file holds anything else."""
-        found = weights.read(Path(path), KIND)
+        """Read a world model in evaluation mode, gradients off. Raises store.WeightsError if the file holds anything else."""
+        tensors, metadata, content_hash = store.read(path, KIND)
         try:
-            model = cls(config_from_json(found.config))
-        except (KeyError, TypeError, ValueError) as error:
-            raise weights.WeightsError(f"{path}: the configuration inside does not fit ({error!r})") from None
-        weights.fill(model, found.tensors, path)
-        model.card, model._hash = found.card, found.hash
+            model = cls(config_from_json(metadata["config"]))
+            model.load_state_dict(tensors)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise store.WeightsError(f"{path}: weights and configuration do not fit ({str(error).splitlines()[0]})") from None
+        model.card, model._hash = metadata.get("card", {}), content_hash
         return model.eval().requires_grad_(False)
 
     def encode(self, frames: torch.Tensor) -> torch.Tensor:
