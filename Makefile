@@ -1,0 +1,39 @@
+# World2Act. `make demo` and `make test` do all their own set-up.
+.PHONY: help demo test setup lint bench zoo proto clean
+SHELL := /bin/bash
+RUN := .venv/bin/
+
+help:
+	@echo "make demo   the main job, live: segment, imagine, roll out, post-train, evaluate; writes report.html"
+	@echo "make test   every test: lint, types, unit, conformance, integration with the real processes"
+	@echo "make bench  every rate, one table"
+	@echo "make zoo    rebuild every shipped weight from nothing (about two hours on 2 cores)"
+	@echo "make proto  regenerate the protobuf code"
+
+demo:
+	@scripts/setup.sh all
+	@$(RUN)world2act demo $(DEMO)
+
+test: lint
+	@OMP_NUM_THREADS=1 $(RUN)python -m pytest tests $(TEST)
+
+lint:
+	@scripts/setup.sh dev
+	@$(RUN)ruff check .
+	@$(RUN)ruff format --check -q .
+	@$(RUN)mypy --no-error-summary
+
+bench:
+	@scripts/setup.sh all
+	@OMP_NUM_THREADS=1 $(RUN)python -m bench $(BENCH)
+
+zoo:
+	@scripts/setup.sh all
+	@OMP_NUM_THREADS=1 scripts/make_zoo.sh $(ZOO)
+
+proto:
+	@scripts/setup.sh dev
+	@PATH="$(CURDIR)/.venv/bin:$$PATH" scripts/make_proto.sh
+
+clean:
+	rm -rf .world2act report.html .mypy_cache .ruff_cache .pytest_cache
