@@ -1,0 +1,1 @@
+"""One file per simulator; `base.make(name)` builds one."""

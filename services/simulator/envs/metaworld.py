@@ -1,0 +1,236 @@
+"""Meta-World (`metaworld` 3.1, MuJoCo): a Sawyer arm over a table, seven tasks, two 64x64 cameras.
+
+Control: an action (dx, dy, dz, gripper) in [-1, 1] is held for two simulator steps of 12.5 ms (40 actions a second);
+gripper +1 closes, -1 opens. A scene is a function of (task, seed): positions are drawn from Meta-World's own ranges.
+
+What we change, and why: the policy sees only images and proprioception, so the goal of reach, push and pick-place must be
+in the image. Its marker is enlarged, bright green, and stands on a post, because one camera cannot tell a high near sphere
+from a low far one. The puck is blue, since the arm is red. All other sites are hidden. Physics is untouched.
+"""
+
+from __future__ import annotations
+
+import os
+
+# MuJoCo reads this once, on import. OSMesa is as fast as EGL without a GPU (both about 5 ms a frame) and needs no device.
+os.environ.setdefault("MUJOCO_GL", "osmesa")
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import mujoco
+import numpy as np
+from metaworld.env_dict import ALL_V3_ENVIRONMENTS
+from metaworld.policies import ENV_POLICY_MAP
+
+from services.simulator.envs.base import (
+    Axis,
+    Camera,
+    Environment,
+    EnvironmentSpec,
+    Frames,
+    InvalidInputError,
+    Observation,
+    TaskSpec,
+    stack_frames,
+)
+from world2act.types import FloatArray, ImageArray, M
+
+ACTION_REPEAT = 2
+SIZE = 64
+OPEN_WIDTH = 0.0883  # metres between the inner faces of the pads after reset; measured, the same for all tasks
+PAD_THICKNESS = 0.006  # both pads' half thickness, from the inner faces to the pads' centres
+GOAL_TASKS = ("reach", "push", "pick-place")  # the goal is a free point, seen only by its marker
+GOAL_RADIUS = 0.04
+POST_RADIUS = 0.012
+GOAL_COLOUR = (0.0, 1.0, 0.0, 1.0)
+POST_COLOUR = (0.0, 0.6, 0.0, 1.0)
+PUCK_COLOUR = (0.1, 0.2, 1.0, 1.0)
+PRIMARY_POSITION = (0.62, 0.15, 0.85)
+PRIMARY_TARGET = (-0.02, 0.69, 0.12)
+PRIMARY_FOVY = 35.0
+LOWEST_SPREAD = 8.0  # standard deviation of grey levels; a healthy primary frame has 40 or more, a corrupt one is flat
+RENDERER_ATTEMPTS = 3
+
+TASKS = (
+    TaskSpec("reach", "reach the green goal", 10),
+    TaskSpec("push", "push the puck to the green goal", 13),
+    TaskSpec("pick-place", "pick up the puck and place it at the green goal", 12),
+    TaskSpec("drawer-open", "open the drawer", 16),
+    TaskSpec("drawer-close", "close the drawer", 14),
+    TaskSpec("button-press", "press the red button", 12),
+    TaskSpec("door-open", "open the door", 15),
+)
+
+SPEC = EnvironmentSpec(
+    simulator="metaworld",
+    cameras=(Camera("primary", SIZE, SIZE, 0), Camera("wrist", SIZE, SIZE, 1)),
+    state=(
+        Axis("ee_pos_x", "m", -0.6, 0.6),
+        Axis("ee_pos_y", "m", 0.2, 1.1),
+        Axis("ee_pos_z", "m", -0.1, 0.6),
+        Axis("gripper_width", "m", 0.0, 0.12),
+    ),
+    action=tuple(Axis(name, "normalised", -1.0, 1.0) for name in ("delta_x", "delta_y", "delta_z", "gripper")),
+    chunk=M,
+    control_hz=80.0 / ACTION_REPEAT,
+    gripper_open_width=OPEN_WIDTH,
+    gripper_width_index=3,
+    tasks=TASKS,
+)
+
+
+@dataclass
+class Scene:
+    """One task's simulator, kept between episodes, and its expert."""
+
+    env: Any
+    expert: Any
+
+
+class MetaworldEnvironment(Environment):
+    """See the module's docstring. One simulator per task is built on first use; one renderer is alive at a time."""
+
+    def __init__(self) -> None:
+        self._scenes: dict[str, Scene] = {}
+        self._task = ""
+        self._raw = np.zeros(39)
+        self._success = False
+        self._renderer: mujoco.Renderer | None = None
+        self._renderer_task = ""
+
+    def describe(self) -> EnvironmentSpec:
+        return SPEC
+
+    def _reset(self, task: str, seed: int) -> Observation:
+        if task not in self._scenes:
+            self._scenes[task] = build_scene(task)
+        self._task, self._success = task, False
+        env = self._scenes[task].env
+        env.seed(seed)
+        # Meta-World places the object while the previous scene still stands; a second reset with the same draws
+        # removes every trace of what this object did before.
+        env.reset()
+        env.seed(seed)
+        self._raw, _ = env.reset()
+        mujoco.mj_forward(env.model, env.data)
+        return Observation(self._render(), self._state())
+
+    def _step(self, actions: FloatArray, frames: Frames) -> tuple[dict[str, ImageArray], FloatArray, bool]:
+        env = self._scenes[self._task].env
+        states, shown = [], []
+        for number, action in enumerate(actions):
+            for _ in range(ACTION_REPEAT):
+                self._raw, _, _, _, info = env.step(action)
+                self._success |= bool(info["success"])
+            states.append(self._state())
+            if frames == "all" or (frames == "last" and number == len(actions) - 1):
+                shown.append(self._render())
+        return stack_frames(shown, SPEC.cameras), np.stack(states), self._success
+
+    def close(self) -> None:
+        self._close_renderer()
+        self._scenes.clear()
+        self._task, self._actions_left = "", None
+
+    def expert_action(self) -> FloatArray:
+        """Meta-World's scripted policy on the privileged observation, clipped to the action limits; float32 (4,)."""
+        if not self._task:
+            raise InvalidInputError("task: no episode is running; reset first")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "constants may be too high": they are clipped here
+            action = self._scenes[self._task].expert.get_action(self._raw)
+        return np.clip(action, -1.0, 1.0).astype(np.float32)
+
+    def _state(self) -> FloatArray:
+        """Fingertip centre x, y, z and the gap between the pads' inner faces, metres; float32 (4,).
+
+        Meta-World's own obs[3] is the distance of the claws, divided by 0.1 and clipped: neither metres nor the gap.
+        """
+        env = self._scenes[self._task].env
+        gap = np.linalg.norm(env.data.body("rightpad").xpos - env.data.body("leftpad").xpos) - PAD_THICKNESS
+        return np.array([*env.tcp_center, max(gap, 0.0)], np.float32)
+
+    def _render(self) -> dict[str, ImageArray]:
+        env = self._scenes[self._task].env
+        for _ in range(RENDERER_ATTEMPTS):
+            fresh = self._renderer is None or self._renderer_task != self._task
+            if fresh:
+                self._open_renderer()
+            images = {
+                "primary": self._shoot(env, "corner"),
+                "wrist": self._shoot(env, "gripperPOV"),
+            }
+            if not fresh or images["primary"].std() >= LOWEST_SPREAD:
+                return images
+            self._close_renderer()
+        raise RuntimeError(f"renderer: the image of {self._task} stayed flat after {RENDERER_ATTEMPTS} attempts")
+
+    def _shoot(self, env: Any, camera: str) -> ImageArray:
+        assert self._renderer is not None
+        self._renderer.update_scene(env.data, camera)
+        if self._task in GOAL_TASKS:
+            add_post(self._renderer.scene, env.model.site("goal").pos)
+        image: ImageArray = self._renderer.render().copy()
+        return image
+
+    def _open_renderer(self) -> None:
+        # Closing first: OSMesa returns corrupt frames in silence when an older context is collected after a newer one is made.
+        self._close_renderer()
+        renderer = mujoco.Renderer(self._scenes[self._task].env.model, SIZE, SIZE)
+        renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
+        renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
+        self._renderer, self._renderer_task = renderer, self._task
+
+    def _close_renderer(self) -> None:
+        if self._renderer is not None:
+            self._renderer.close()
+        self._renderer, self._renderer_task = None, ""
+
+
+def build_scene(task: str) -> Scene:
+    """Meta-World's simulator of `task`, set to draw its scene from its own seeded generator, drawn as we want to see it."""
+    name = f"{task}-v3"
+    env = ALL_V3_ENVIRONMENTS[name]()
+    env._partially_observable = False  # the expert needs the goal; policies never see this observation
+    env.__dict__.pop("sawyer_observation_space", None)  # cached for the other setting
+    env._freeze_rand_vec = False
+    env.seeded_rand_vec = True
+    env._set_task_called = True
+    model = env.model
+    model.vis.quality.offsamples = 0  # no multisampling: 99 -> 8 ms a 128x128 frame
+    camera = model.camera("corner").id
+    model.cam_pos[camera] = PRIMARY_POSITION
+    model.cam_quat[camera] = look_at(PRIMARY_POSITION, PRIMARY_TARGET)
+    model.cam_fovy[camera] = PRIMARY_FOVY
+    for site in range(model.nsite):
+        model.site_rgba[site, 3] = 0.0
+    if task in GOAL_TASKS:
+        goal = model.site("goal")
+        goal.size[:] = GOAL_RADIUS
+        goal.rgba[:] = GOAL_COLOUR
+        puck = model.geom("objGeom")
+        puck.matid[:] = -1
+        puck.rgba[:] = PUCK_COLOUR
+    return Scene(env, ENV_POLICY_MAP[name]())
+
+
+def look_at(position: tuple[float, float, float], target: tuple[float, float, float]) -> np.ndarray:
+    """Quaternion (w, x, y, z) of an upright camera at `position` that looks at `target`."""
+    backward = np.subtract(position, target)
+    backward /= np.linalg.norm(backward)
+    right = np.cross([0.0, 0.0, 1.0], backward)
+    right /= np.linalg.norm(right)
+    quaternion = np.zeros(4)
+    mujoco.mju_mat2Quat(quaternion, np.stack([right, np.cross(backward, right), backward], axis=1).flatten())
+    return quaternion
+
+
+def add_post(scene: mujoco.MjvScene, goal: np.ndarray) -> None:
+    """Draw (not simulate) a post from the table up to the goal marker."""
+    geom = scene.geoms[scene.ngeom]
+    kind = mujoco.mjtGeom.mjGEOM_CYLINDER
+    mujoco.mjv_initGeom(geom, kind, np.zeros(3), np.zeros(3), np.zeros(9), np.array(POST_COLOUR, np.float32))
+    mujoco.mjv_connector(geom, kind, POST_RADIUS, np.array([goal[0], goal[1], 0.0]), np.asarray(goal, np.float64))
+    scene.ngeom += 1
