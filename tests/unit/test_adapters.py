@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from world2act.models import weights
+from world2act.models import store
 from world2act.models.adapters import Adapters, AdapterSettings
 from world2act.normalisation import Statistics
 
@@ -44,17 +44,17 @@ def test_round_trip_keeps_outputs_hash_and_card(tmp_path):
 def test_missing_statistics_are_refused(tmp_path):
     path = tmp_path / "a.safetensors"
     make().save(path)
-    found = weights.read(path, "adapters")
-    del found.tensors["actions.std"]
-    weights.write(path, weights.serialise("adapters", found.tensors, found.config, found.card))
-    with pytest.raises(weights.WeightsError, match=r"missing statistics: actions\.std"):
+    tensors, metadata, _ = store.read(path, "adapters")
+    del tensors["actions.std"]
+    store.write(path, tensors, metadata)
+    with pytest.raises(store.WeightsError, match=r"missing statistics: actions\.std"):
         Adapters.load(path)
 
 
 def test_other_world_model_is_refused():
     adapters = make()
     adapters.check_worldmodel("w" * 64)
-    with pytest.raises(weights.WeightsError, match=r"trained on world model wwwwwwwwwwww, but the one in use is xxxxxxxxxxxx"):
+    with pytest.raises(store.WeightsError, match=r"trained on world model wwwwwwwwwwww, but the one in use is xxxxxxxxxxxx"):
         adapters.check_worldmodel("x" * 64)
 
 
@@ -62,10 +62,10 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
     path = tmp_path / "a.safetensors"
     make().save(path)
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(weights.WeightsError, match="not a weights file"):
+    with pytest.raises(store.WeightsError, match="not a safetensors file"):
         Adapters.load(path)
-    weights.write(path, weights.serialise("base", {"x": torch.zeros(1)}, {}, {}))
-    with pytest.raises(weights.WeightsError, match="holds 'base' weights, expected 'adapters'"):
+    store.write(path, {"x": torch.zeros(1)}, {"kind": "base"})
+    with pytest.raises(store.WeightsError, match="kind must be 'adapters'"):
         Adapters.load(path)
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from world2act import types
-from world2act.models import weights
+from world2act.models import store
 from world2act.normalisation import Statistics
 
 KIND = "adapters"
@@ -125,38 +125,42 @@ class Adapters(nn.Module):
         self.decoder = ActionDecoder(settings)
 
     def check_worldmodel(self, found: str) -> None:
-        """Raise weights.WeightsError unless `found` is the hash of the world model these adapters were trained on."""
+        """Raise store.WeightsError unless `found` is the hash of the world model these adapters were trained on."""
         if found != self.worldmodel_hash:
-            raise weights.WeightsError(
+            raise store.WeightsError(
                 f"adapters: trained on world model {self.worldmodel_hash[:12]}, but the one in use is {found[:12]}; "
                 "their latents differ: train Stage 1 again (python -m world2act.stage1) or load the matching weights"
             )
 
-    def _bytes(self) -> bytes:
-        config = {"settings": asdict(self.settings), "worldmodel_hash": self.worldmodel_hash}
-        return weights.serialise(KIND, {**self.state_dict(), **self.actions.tensors("actions")}, config, self.card)
+    def _contents(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        metadata = {
+            "kind": KIND,
+            "config": {"settings": asdict(self.settings), "worldmodel_hash": self.worldmodel_hash},
+            "card": self.card,
+        }
+        return {**self.state_dict(), **self.actions.tensors("actions")}, metadata
 
     @property
     def hash(self) -> str:
         """sha256 of what `save` writes."""
-        return weights.digest(self._bytes())
+        return store.content_hash(store.to_bytes(*self._contents()))
 
     def save(self, path: Path | str, card: Mapping[str, Any] | None = None) -> str:
         """Write weights, settings, statistics, world-model hash and `card`; returns the file's hash."""
         if card is not None:
             self.card = dict(card)
-        return weights.write(Path(path), self._bytes())
+        return store.write(path, *self._contents())
 
     @classmethod
     def load(cls, path: Path | str) -> Adapters:
         """Raises WeightsError for a damaged file, missing statistics, or tensors that do not fit the settings."""
-        found = weights.read(Path(path), KIND)
+        tensors, metadata, _ = store.read(path, KIND)
         try:
-            values = found.config["settings"]
+            values = metadata["config"]["settings"]
             settings = AdapterSettings(**{**values, "pool_grid": tuple(values["pool_grid"])})
-            statistics = Statistics.take(found.tensors, "actions")
-            adapters = cls(settings, statistics, found.config["worldmodel_hash"], found.card)
-        except (KeyError, TypeError, ValueError) as error:
-            raise weights.WeightsError(f"{path}: does not hold adapters ({error})") from None
-        weights.fill(adapters, {k: v for k, v in found.tensors.items() if not k.startswith("actions.")}, path)
+            statistics = Statistics.take(tensors, "actions")
+            adapters = cls(settings, statistics, metadata["config"]["worldmodel_hash"], metadata["card"])
+            adapters.load_state_dict({k: v for k, v in tensors.items() if not k.startswith("actions.")})
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise store.WeightsError(f"{path}: does not hold adapters that fit their settings ({error})") from None
         return adapters.eval().requires_grad_(False)
