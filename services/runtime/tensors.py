@@ -5,6 +5,7 @@ Not pickle: the reader trusts nothing but shape and dtype.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -44,7 +45,12 @@ def from_tensor(tensor: Tensor, field: str = "tensor") -> npt.NDArray[Any]:
 def pack(arrays: Mapping[str, npt.NDArray[Any]], metadata: Mapping[str, str] | None = None) -> bytes:
     """Named arrays + text -> safetensors bytes; equal input gives equal bytes."""
     contiguous = {k: np.asarray(v, order="C") for k, v in sorted(arrays.items())}
-    return safetensors.numpy.save(contiguous, dict(sorted((metadata or {}).items())) or None)
+    data = bytes(safetensors.numpy.save(contiguous, dict(metadata or {}) or None))
+    # safetensors writes several metadata keys in a random order: write its header again, sorted, so that names are reproducible.
+    size = int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + data[8 + size :]
 
 
 def unpack(data: bytes) -> dict[str, npt.NDArray[Any]]:
@@ -54,8 +60,6 @@ def unpack(data: bytes) -> dict[str, npt.NDArray[Any]]:
 
 def unpack_metadata(data: bytes) -> dict[str, str]:
     """The text stored beside the arrays by `pack`."""
-    import json
-
     size = int.from_bytes(data[:8], "little")
     if size > len(data) - 8:
         raise ValueError("safetensors header is longer than the data")

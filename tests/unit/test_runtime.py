@@ -75,7 +75,10 @@ def test_artifacts_are_content_addressed_and_checked(tmp_path: Path) -> None:
 
 def test_pack_is_deterministic() -> None:
     a = {"x": np.ones(3), "y": np.zeros(2)}
-    assert pack(a, {"m": "1"}) == pack(dict(reversed(list(a.items()))), {"m": "1"})
+    metadata = {name: name for name in ["task", "split", "index", "version", "prompts", "key"]}
+    packed = pack(a, metadata)
+    assert all(pack(dict(reversed(list(a.items()))), dict(reversed(list(metadata.items())))) == packed for _ in range(20))
+    assert np.array_equal(unpack(packed)["x"], a["x"]) and unpack_metadata(packed) == metadata
     assert set(unpack(pack(a))) == {"x", "y"} and unpack_metadata(pack(a)) == {}
 
 
