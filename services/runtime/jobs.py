@@ -48,11 +48,12 @@ class JobStore:
     def _key(self, job: str) -> str:
         return f"w2a:job:{job}"
 
-    def create(self, kind: str, params: dict[str, Any]) -> Job:
-        """Store a queued job and put its request on the jobs stream."""
+    def create(self, kind: str, params: dict[str, Any], *, queue: bool = True) -> Job:
+        """Store a queued job and put its request on the jobs stream; `queue=False`: whoever creates it also sees to its running."""
         job = Job(id=uuid.uuid4().hex[:16], kind=kind, params=params, created=time.time())
         self._save(job)
-        publish(self.client, JOBS, JobRequest.model_validate({"id": job.id, "kind": kind, "params": params}))
+        if queue:
+            publish(self.client, JOBS, JobRequest.model_validate({"id": job.id, "kind": kind, "params": params}))
         return job
 
     def _save(self, job: Job) -> None:
@@ -61,6 +62,12 @@ class JobStore:
     def get(self, job: str) -> Job | None:
         data = self.client.get(self._key(job))
         return Job.model_validate_json(str(data)) if data else None
+
+    def recent(self, limit: int = 100) -> list[Job]:
+        """The `limit` newest jobs, newest first."""
+        keys = list(self.client.scan_iter(self._key("?" * 16), count=1000))
+        found = [Job.model_validate_json(str(data)) for data in cast(Any, self.client.mget(keys) if keys else []) if data]
+        return sorted(found, key=lambda job: job.created, reverse=True)[:limit]
 
     def update(self, job: str, **changes: Any) -> Job:
         """Change fields; an ended job does not change its status again."""
