@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import av
 import numpy as np
@@ -33,7 +34,8 @@ def encode_mp4(frames: ImageArray, fps: int = 10) -> bytes:
 def decode_mp4(data: bytes) -> ImageArray:
     """An mp4 file -> frames uint8 (F, H, W, 3). Raises ValueError if it is no video."""
     try:
-        with av.open(io.BytesIO(data)) as container:
+        opened: Any = av.open(io.BytesIO(data))  # its type depends on a mode that PyAV's stubs do not follow
+        with opened as container:
             return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
     except (av.error.FFmpegError, IndexError, ValueError) as error:
         raise ValueError(f"video: not a readable mp4 file ({error})") from None
