@@ -1,0 +1,49 @@
+"""Progress of long work: a callback that the trainings call, and its display as bars (terminal) or lines (log)."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+
+Progress = Callable[[str, int, int, dict[str, float]], None]
+"""Called with the name of a part, steps done, steps in all, current values."""
+
+LINE_SECONDS = 15.0
+
+
+def no_progress(part: str, done: int, total: int, values: dict[str, float]) -> None:
+    """The silent Progress."""
+
+
+def _text(values: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+
+
+@contextmanager
+def progress_display() -> Iterator[Progress]:
+    """Bars on a terminal; elsewhere a line every 15 s and at the end of each part."""
+    if not sys.stdout.isatty():
+        last: dict[str, float] = {}
+
+        def line(part: str, done: int, total: int, values: dict[str, float]) -> None:
+            if done == total or time.monotonic() - last.get(part, 0.0) > LINE_SECONDS:
+                last[part] = time.monotonic()
+                print(f"{time.strftime('%H:%M:%S')} {part} {done}/{total}  {_text(values)}", flush=True)
+
+        yield line
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Bars(*columns, TextColumn("{task.fields[values]}")) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def bar(part: str, done: int, total: int, values: dict[str, float]) -> None:
+            if part not in tasks:
+                tasks[part] = bars.add_task(part, total=total, values="")
+            bars.update(tasks[part], completed=done, total=total, values=_text(values))
+
+        yield bar

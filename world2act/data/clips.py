@@ -1,0 +1,170 @@
+"""Skill clips: demonstrations cut by the segmenter, as whole clips (`cut_clips`) and as cached latents (`LatentBank`).
+
+The bank holds the latent of *every* window of five frames, not only of windows at chunk starts. A clip may then begin at any
+frame s of a skill without encoding anything again: latent 0 is `still[s]`, latent k >= 1 is `moving[s + M(k-1)]`, which
+pairs with the action chunk `chunks[s + M(k-1)]` (METHOD: paper section 3, chunk alignment). What reaches beyond
+the skill's end is masked out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from world2act import splits
+from world2act.console import Progress, no_progress
+from world2act.data import robomimic
+from world2act.data.grid import stitch
+from world2act.models.vae import VideoVAE, to_float
+from world2act.segmentation import Segmentation, segment_episode
+from world2act.splits import Split
+from world2act.types import Clip, Episode, FloatArray, ImageArray, M, Skill
+
+
+def camera_grid(episode: Episode, cells: dict[str, int] | None = None) -> ImageArray:
+    """An episode's cameras as one grid, uint8 (T+1, H, W, 3); `cells` defaults to primary top-left, wrist top-right."""
+    return stitch(episode.images, cells or {"primary": 0, "wrist": 1})
+
+
+def cut_clips(episode: Episode, segmentation: Segmentation | None = None) -> list[Clip]:
+    """An episode's skills as clips of whole chunks; none when the segmenter discarded it."""
+    skills = (segmentation or segment_episode(episode)).skills
+    grid = camera_grid(episode) if skills else np.zeros(0, np.uint8)
+    return [_clip(episode, grid, skill) for skill in skills]
+
+
+def _clip(episode: Episode, grid: ImageArray, skill: Skill) -> Clip:
+    chunks = (skill.end - skill.start) // M
+    stop = skill.start + M * chunks
+    actions = episode.actions[skill.start : stop].reshape(chunks, M, -1)
+    frames = grid[skill.start : stop + 1]
+    return Clip(episode.task, skill.prompt, frames, actions, np.ones(chunks, np.bool_), episode.split, episode.index)
+
+
+@dataclass(frozen=True)
+class CutEpisode:
+    """One demonstration and its skills. frames: uint8 (T+1, rows, W, 3), the active rows of the camera grid."""
+
+    task: str
+    split: str
+    index: int
+    perturbed: bool
+    frames: ImageArray
+    actions: FloatArray
+    skills: tuple[Skill, ...]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Episodes that the segmenter accepted, and how many it discarded."""
+
+    episodes: list[CutEpisode]
+    discarded: int
+
+
+def read_cut(
+    root: Path, allowed: Collection[Split], rows: int, tasks: Collection[str] | None = None, limit: int | None = None
+) -> Cut:
+    """Read and segment demonstrations under `root` (<root>/<split>/<task>.hdf5), at most `limit` a task.
+
+    Raises LeakageError for a split that is not allowed, robomimic.FormatError for files that are not readable.
+    """
+    episodes: list[CutEpisode] = []
+    counts: dict[str, int] = {}
+    discarded = 0
+    for episode in robomimic.read_root(root, allowed=allowed, tasks=tasks):
+        splits.require([episode.split], allowed, "clips")
+        counts[episode.task] = counts.get(episode.task, 0) + 1
+        if limit is not None and counts[episode.task] > limit:
+            continue
+        skills = segment_episode(episode).skills
+        if not skills:
+            discarded += 1
+            continue
+        perturbed = episode.meta.get("perturbed") == "true"
+        frames = np.ascontiguousarray(camera_grid(episode)[:, :rows])
+        episodes.append(CutEpisode(episode.task, episode.split, episode.index, perturbed, frames, episode.actions, skills))
+    return Cut(episodes, discarded)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Clips that begin anywhere in a skill. start (B, C, h, w); target (B, n, C, h, w), latents 1 .. n; mask bool (B, n);
+    chunks (B, n, M, A), target k-1 shows the result of chunk k-1; prompts, one a row."""
+
+    start: torch.Tensor
+    target: torch.Tensor
+    mask: torch.Tensor
+    chunks: torch.Tensor
+    prompts: list[str]
+
+
+class LatentBank:
+    """Latents of all episodes end to end, N frames in all (float16: half the memory, an error of 0.0005 of the spread).
+
+    still (N, C, h, w): frame t alone. moving (N, C, h, w): frames t .. t+M. ends (N,): the frame at which the skill active at t
+    ends. chunks (N, M, A): the actions from t on. starts: the frames from which at least one whole chunk fits.
+    """
+
+    def __init__(self, vae: VideoVAE, episodes: Sequence[CutEpisode], stride: int = 1, progress: Progress = no_progress) -> None:
+        if not episodes:
+            raise ValueError("episodes: none is left after segmentation")
+        self.stride = stride
+        sizes = [len(e.frames) for e in episodes]
+        self.offsets = np.concatenate([[0], np.cumsum(sizes)])
+        total = int(self.offsets[-1])
+        self.still = torch.zeros((total, *vae.config.latent_shape), dtype=torch.float16)
+        self.moving = torch.zeros_like(self.still)
+        self.chunks = torch.zeros((total, M, episodes[0].actions.shape[1]))
+        self.ends = torch.zeros(total, dtype=torch.int64)
+        self.perturbed = torch.zeros(total, dtype=torch.bool)
+        self.tasks = [e.task for e in episodes for _ in e.frames]
+        self.prompts = [""] * total
+        allowed = torch.zeros(total, dtype=torch.bool)
+        for number, (episode, offset) in enumerate(zip(episodes, self.offsets, strict=False)):
+            self._label(episode, int(offset), allowed)
+            self._encode(vae, episode, int(offset))
+            progress("latents", number + 1, len(episodes), {})
+        self.starts = allowed.nonzero()[:, 0]
+
+    def _label(self, episode: CutEpisode, offset: int, allowed: torch.Tensor) -> None:
+        for skill in episode.skills:
+            span = slice(offset + skill.start, offset + skill.end)
+            self.ends[span] = offset + skill.end
+            self.prompts[span] = [skill.prompt] * (skill.end - skill.start)
+            allowed[offset + skill.start : offset + skill.end - M + 1 : self.stride] = True
+        self.perturbed[offset : offset + len(episode.frames)] = episode.perturbed
+        actions = torch.from_numpy(episode.actions)
+        if len(actions) >= M:
+            self.chunks[offset : offset + len(actions) - M + 1] = actions.unfold(0, M, 1).transpose(1, 2)
+
+    @torch.no_grad()
+    def _encode(self, vae: VideoVAE, episode: CutEpisode, offset: int) -> None:
+        frames = torch.from_numpy(episode.frames)
+        at = torch.arange(0, len(frames), self.stride)
+        alone = frames[at][:, None].expand(-1, M + 1, -1, -1, -1)
+        self.still[offset + at] = vae.normalise(vae.moments(to_float(alone))[0]).half()
+        at = at[at + M < len(frames)]
+        seen = frames[at[:, None] + torch.arange(M + 1)]
+        self.moving[offset + at] = vae.normalise(vae.moments(to_float(seen))[0]).half()
+
+    def batch(self, starts: torch.Tensor, horizon: int) -> Batch:
+        """Clips from `starts` (B,), frame numbers out of `self.starts`, `horizon` latents ahead."""
+        at = starts[:, None] + M * torch.arange(horizon)
+        mask = at + M <= self.ends[starts][:, None]
+        safe = at.clamp(max=len(self.still) - 1)
+        target = self.moving[safe].float() * mask[..., None, None, None]
+        chunks = self.chunks[safe] * mask[..., None, None]
+        return Batch(self.still[starts].float(), target, mask, chunks, [self.prompts[int(s)] for s in starts])
+
+
+def median_first_frames(episodes: Sequence[CutEpisode]) -> dict[str, ImageArray]:
+    """Task -> the median of its first frames, uint8 (rows, W, 3): what does not differ between scenes."""
+    first: dict[str, list[ImageArray]] = {}
+    for episode in episodes:
+        first.setdefault(episode.task, []).append(episode.frames[0])
+    return {task: np.median(np.stack(frames), axis=0).astype(np.uint8) for task, frames in first.items()}

@@ -1,0 +1,316 @@
+"""Training the embedded world model on skill clips: first the video VAE, then the transformer on its cached latents.
+
+    python -m world2act.worldmodel_training --demos DIR --out zoo/worldmodel.safetensors
+
+Reads split `worldmodel` for training and `validation` for the numbers in the card; any other split is refused. Only video and
+prompts train it, never actions. Three things decide whether its predictions carry the action (measured in a prototype):
+- small objects vanish from the VAE unless pixels that differ from the task's median first frame weigh about 25 times more;
+- without the skip from the start latent, minutes go into learning the background (the source x1 of models/worldmodel.py);
+- clips begin at any frame of a skill, mostly one or two latents long: that is how closed-loop targets use it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import tyro
+
+from world2act import splits, worldmodel_metrics
+from world2act.console import Progress, no_progress, progress_display
+from world2act.data.clips import CutEpisode, LatentBank, median_first_frames, read_cut
+from world2act.models.vae import SEEN, VideoVAE, to_float
+from world2act.models.worldmodel import WorldModel, WorldModelConfig
+from world2act.splits import Split
+
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class VAESettings:
+    """steps of `batch` windows of five frames; object_weight: see the module's docstring; still_share: windows that show one
+    frame only, as latent 0 does; kl: weight of the posterior's KL per latent element, which keeps the latents smooth."""
+
+    steps: int = 3000
+    batch: int = 16
+    rate: float = 2e-3
+    object_weight: float = 24.0
+    object_contrast: float = 0.15
+    still_share: float = 0.2
+    kl: float = 1e-4
+    normalising_windows: int = 512
+
+
+@dataclass(frozen=True)
+class TransformerSettings:
+    """Every step trains on `short_batch` clips of `short_horizon` latents or, with chance `long_share`, on `long_batch` clips
+    of up to `long_horizon` latents. text_dropout: prompts replaced by '', so that guidance can be used."""
+
+    steps: int = 2500
+    short_batch: int = 48
+    short_horizon: int = 2
+    long_batch: int = 10
+    long_horizon: int = 14
+    long_share: float = 0.25
+    rate: float = 1.5e-3
+    weight_decay: float = 1e-2
+    text_dropout: float = 0.1
+    latent_stride: int = 2
+
+
+@dataclass(frozen=True)
+class Settings:
+    """demos: folder of <split>/<task>.hdf5; out: weights file to write, with a card <name>.md beside it; vae_from: reuse the
+    VAE of this world model; limit: episodes per task; threads: CPU threads."""
+
+    demos: Path
+    out: Path
+    seed: int = 0
+    threads: int = 1
+    limit: int | None = None
+    tasks: tuple[str, ...] | None = None
+    vae_from: Path | None = None
+    noise_scale: float = 0.0
+    precision: Precision = "auto"
+    vae: VAESettings = field(default_factory=VAESettings)
+    transformer: TransformerSettings = field(default_factory=TransformerSettings)
+
+
+def autocast(precision: Precision) -> AbstractContextManager[Any]:
+    """bfloat16 where the CPU has instructions for it (`auto`): twice as fast; weights and loss stay float32."""
+    fast = precision == "bfloat16" or (precision == "auto" and torch.cpu._is_avx512_bf16_supported())
+    return torch.autocast("cpu", torch.bfloat16, enabled=fast)
+
+
+def one_cycle(optimiser: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """Linear warm-up over the first 5 %, then a half cosine to zero."""
+    warm = max(1, steps // 20)
+
+    def factor(step: int) -> float:
+        return (step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
+
+
+class _Windows:
+    """Draws windows of five frames with the weights of their pixels."""
+
+    def __init__(self, episodes: Sequence[CutEpisode], settings: VAESettings, rng: np.random.Generator) -> None:
+        self.episodes, self.settings, self.rng = episodes, settings, rng
+        self.medians = {task: torch.from_numpy(m) for task, m in median_first_frames(episodes).items()}
+        sizes = np.array([max(1, len(e.frames) - SEEN + 1) for e in episodes], np.float64)
+        self.chances = sizes / sizes.sum()
+
+    def draw(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Frames uint8 (batch, 5, rows, W, 3) and pixel weights (batch, 4, rows, W, 1) of the last four, mean 1."""
+        frames, medians = [], []
+        for number in self.rng.choice(len(self.episodes), batch, p=self.chances):
+            episode = self.episodes[number]
+            first = int(self.rng.integers(0, max(1, len(episode.frames) - SEEN + 1)))
+            at = np.arange(first, first + SEEN).clip(max=len(episode.frames) - 1)
+            if self.rng.random() < self.settings.still_share:
+                at[:] = at[self.rng.integers(SEEN)]
+            frames.append(torch.from_numpy(episode.frames[at]))
+            medians.append(self.medians[episode.task])
+        seen = torch.stack(frames)
+        return seen, self._weights(to_float(seen[:, 1:]), to_float(torch.stack(medians))[:, None])
+
+    def _weights(self, seen: torch.Tensor, median: torch.Tensor) -> torch.Tensor:
+        contrast = (seen - median).abs().amax(dim=-1, keepdim=True) / (2 * self.settings.object_contrast)
+        weights = 1.0 + self.settings.object_weight * contrast.clamp(max=1.0)
+        # Each view counts the same: nearly every pixel of the moving wrist camera differs from the median.
+        left, right = weights.chunk(2, dim=3)
+        return torch.cat([view / view.mean(dim=(1, 2, 3), keepdim=True) for view in (left, right)], dim=3)
+
+
+def train_vae(
+    vae: VideoVAE,
+    episodes: Sequence[CutEpisode],
+    settings: VAESettings,
+    seed: int,
+    precision: Precision = "auto",
+    progress: Progress = no_progress,
+) -> dict[str, float]:
+    """Train `vae` in place on windows of `episodes` (split worldmodel only); sets its latent statistics. Returns final losses.
+
+    Loss: weighted Huber of the four frames that a latent is decoded to + kl * KL(posterior | N(0, 1)).
+    """
+    splits.require((e.split for e in episodes), [Split.WORLDMODEL], "train_vae")
+    generator = torch.Generator().manual_seed(seed)
+    windows = _Windows(episodes, settings, np.random.default_rng(seed))
+    vae.train()
+    optimiser = torch.optim.AdamW(vae.parameters(), lr=settings.rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    schedule = one_cycle(optimiser, settings.steps)
+    mean_error = mean_kl = 0.0
+    for step in range(settings.steps):
+        seen, weights = windows.draw(settings.batch)
+        x = to_float(seen)
+        with autocast(precision):
+            mean, logvar = vae.moments(x)
+            z = mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=generator)
+            decoded = vae.reconstruct(z)
+        error = (weights * torch.nn.functional.smooth_l1_loss(decoded, x[:, 1:], beta=0.1, reduction="none")).mean()
+        divergence = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).mean()
+        optimiser.zero_grad(set_to_none=True)
+        (error + settings.kl * divergence).backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
+        keep = min(0.98, step / (step + 1))
+        mean_error = keep * mean_error + (1 - keep) * error.item()
+        mean_kl = keep * mean_kl + (1 - keep) * divergence.item()
+        progress("VAE", step + 1, settings.steps, {"error": mean_error, "kl": mean_kl})
+    vae.eval()
+    _set_statistics(vae, windows.draw(settings.normalising_windows)[0])
+    return {"vae_error": mean_error, "vae_kl": mean_kl}
+
+
+@torch.no_grad()
+def _set_statistics(vae: VideoVAE, seen: torch.Tensor) -> None:
+    """Mean and spread of each latent channel over windows (N, 5, rows, W, 3)."""
+    z = torch.cat([vae.moments(to_float(part))[0] for part in torch.split(seen, 64)])
+    vae.mean.copy_(z.mean(dim=(0, 2, 3)))
+    vae.std.copy_(z.std(dim=(0, 2, 3)).clamp(min=1e-4))
+
+
+def train_transformer(
+    model: WorldModel,
+    bank: LatentBank,
+    settings: TransformerSettings,
+    seed: int,
+    precision: Precision = "auto",
+    progress: Progress = no_progress,
+) -> dict[str, float]:
+    """Train transformer and word vectors of `model` in place on cached latents; the VAE stays. Returns final losses.
+
+    Loss: masked MSE of v = x1 - x0 at a random t (t = 1 when noise_scale is 0: regression), latents 1 .. n.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    parameters = [*model.transformer.parameters(), *model.text.parameters()]
+    optimiser = torch.optim.AdamW(parameters, lr=settings.rate, betas=(0.9, 0.95), weight_decay=settings.weight_decay)
+    schedule = one_cycle(optimiser, settings.steps)
+    losses = {"short": 0.0, "long": 0.0}
+    seen = {"short": 0, "long": 0}
+    model.train()
+    for step in range(settings.steps):
+        long = torch.rand((), generator=generator).item() < settings.long_share
+        size, horizon = (settings.long_batch, settings.long_horizon) if long else (settings.short_batch, settings.short_horizon)
+        starts = bank.starts[torch.randint(len(bank.starts), (size,), generator=generator)]
+        loss = _loss(model, bank, starts, horizon, settings.text_dropout, generator, precision)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        schedule.step()
+        kind = "long" if long else "short"
+        keep = min(0.98, seen[kind] / (seen[kind] + 1))
+        losses[kind] = keep * losses[kind] + (1 - keep) * loss.item()
+        seen[kind] += 1
+        progress("world model", step + 1, settings.steps, losses)
+    model.eval()
+    return {f"loss_{kind}": value for kind, value in losses.items()}
+
+
+def _loss(
+    model: WorldModel,
+    bank: LatentBank,
+    starts: torch.Tensor,
+    horizon: int,
+    text_dropout: float,
+    generator: torch.Generator,
+    precision: Precision,
+) -> torch.Tensor:
+    batch = bank.batch(starts, horizon)
+    size = len(starts)
+    x0 = torch.cat([batch.start[:, None], batch.target], dim=1)
+    x1 = batch.start[:, None].expand_as(x0)
+    t = torch.ones(size)
+    if model.config.noise_scale > 0.0:
+        x1 = x1 + model.config.noise_scale * torch.randn(x0.shape, generator=generator)
+        t = torch.rand(size, generator=generator)
+    dropped = torch.rand(size, generator=generator) < text_dropout
+    prompts = ["" if drop else prompt for prompt, drop in zip(batch.prompts, dropped.tolist(), strict=True)]
+    at = t[:, None, None, None, None]
+    with autocast(precision):
+        v = model.velocity((1 - at) * x0 + at * x1, batch.start, prompts, t).float()
+    errors = (v - (x1 - x0))[:, 1:].square().mean(dim=(2, 3, 4))
+    return (errors * batch.mask).sum() / batch.mask.sum().clamp(min=1)
+
+
+def train_worldmodel(settings: Settings, progress: Progress = no_progress) -> WorldModel:
+    """The whole recipe: read, cut, VAE, latents, transformer, metrics; writes weights and card. Returns the model."""
+    torch.manual_seed(settings.seed)
+    torch.set_num_threads(settings.threads)
+    times: dict[str, float] = {}
+    clock = time.monotonic()
+
+    def lap(part: str) -> None:
+        nonlocal clock
+        times[part], clock = round(time.monotonic() - clock, 1), time.monotonic()
+
+    model = WorldModel(WorldModelConfig(noise_scale=settings.noise_scale))
+    rows = model.config.vae.active_rows
+    cut = read_cut(settings.demos, [Split.WORLDMODEL], rows, settings.tasks, settings.limit)
+    held_out = read_cut(settings.demos, [Split.VALIDATION], rows, settings.tasks)
+    lap("read")
+    metrics: dict[str, float] = {}
+    if settings.vae_from is not None:
+        model.vae.load_state_dict(WorldModel.load(settings.vae_from).vae.state_dict())
+    else:
+        metrics |= train_vae(model.vae, cut.episodes, settings.vae, settings.seed, settings.precision, progress)
+    lap("vae")
+    model.vae.eval().requires_grad_(False)
+    bank = LatentBank(model.vae, cut.episodes, settings.transformer.latent_stride, progress)
+    held_bank = LatentBank(model.vae, held_out.episodes, settings.transformer.latent_stride)
+    lap("latents")
+    metrics |= train_transformer(model, bank, settings.transformer, settings.seed, settings.precision, progress)
+    lap("transformer")
+    model.requires_grad_(False)
+    metrics |= worldmodel_metrics.reconstruction(model, held_out.episodes)
+    metrics |= worldmodel_metrics.latent_errors(model, held_bank)
+    metrics |= worldmodel_metrics.action_probe(model, bank, held_bank, settings.seed)
+    lap("metrics")
+    asked = asdict(settings) | {"demos": settings.demos.name, "out": settings.out.name}
+    card = {
+        "data": _describe(cut.episodes, cut.discarded) | {"validation_episodes": len(held_out.episodes)},
+        "settings": json.loads(
+            json.dumps(asdict(settings) | {"demos": settings.demos.name, "out": settings.out.name}, default=str)
+        ),
+        "metrics": {name: round(value, 5) for name, value in metrics.items()},
+        "seconds": times,
+    }
+    model.save(settings.out, card)
+    settings.out.with_suffix(".md").write_text(worldmodel_metrics.card_text(model, card))
+    return model
+
+
+def _describe(episodes: Sequence[CutEpisode], discarded: int) -> dict[str, Any]:
+    tasks = sorted({e.task for e in episodes})
+    return {
+        "tasks": {task: sum(e.task == task for e in episodes) for task in tasks},
+        "perturbed": sum(e.perturbed for e in episodes),
+        "skills": sum(len(e.skills) for e in episodes),
+        "discarded": discarded,
+        "split": Split.WORLDMODEL.value,
+    }
+
+
+def main() -> None:
+    """Command line; see `Settings`."""
+    settings = tyro.cli(Settings, description=__doc__)
+    with progress_display() as progress:
+        model = train_worldmodel(settings, progress)
+    for name, value in model.card["metrics"].items():
+        print(f"{name:32s} {value:.4f}")
+
+
+if __name__ == "__main__":
+    main()
