@@ -1,0 +1,170 @@
+"""What the Triton models do, without Triton: requests in, named arrays or an error out. model.py files only translate.
+
+Requests that the dynamic batcher put together are computed together where horizon, steps and guidance are equal.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from services.worldmodel.backbones import Backbone, Frames, Latents, load_backbone, weights_hash
+from services.worldmodel.settings import WorldModelSettings
+from world2act.models.adapters import Adapters
+
+Answer = dict[str, npt.NDArray[Any]] | ValueError
+
+
+@dataclass(frozen=True)
+class Call:
+    """One Triton request to `worldmodel`: b rows with one horizon, steps, guidance; `wants` names the outputs asked for."""
+
+    start: Frames
+    prompts: list[str]
+    seeds: list[int]
+    horizon: int
+    steps: int
+    guidance: float
+    wants: frozenset[str]
+
+
+def read_call(inputs: dict[str, npt.NDArray[Any]], wants: Sequence[str]) -> Call:
+    """Named Triton inputs, each with a leading row dimension -> Call. Raises ValueError naming the field."""
+    same: dict[str, Any] = {}
+    for name in ("horizon", "steps", "guidance"):
+        values = inputs[name].reshape(-1)
+        if (values != values[0]).any():
+            raise ValueError(f"{name}: must be equal for all rows of a request")
+        same[name] = values[0].item()
+    if not 0.0 <= same["guidance"] <= 100.0:  # also refuses NaN
+        raise ValueError(f"guidance: {same['guidance']} is outside [0, 100]")
+    try:
+        prompts = [cast(bytes, p).decode() for p in inputs["prompt"].reshape(-1)]
+    except UnicodeDecodeError:
+        raise ValueError("prompt: is not UTF-8 text") from None
+    return Call(
+        inputs["start_frame"],
+        prompts,
+        [int(s) for s in inputs["seed"].reshape(-1)],
+        same["horizon"],
+        same["steps"],
+        same["guidance"],
+        frozenset(wants),
+    )
+
+
+class WorldModelServer:
+    """The model `worldmodel`."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone = backbone
+        self.info = json.dumps(backbone.info.as_dict())
+
+    def run(self, calls: Sequence[Call]) -> list[Answer]:
+        """One answer per call, in order. A call that asks for `hash` and `info` alone is answered without imagining."""
+        answers: dict[int, Answer] = {}
+        groups: dict[tuple[int, int, float], list[int]] = defaultdict(list)
+        for i, call in enumerate(calls):
+            if call.wants & {"latents", "last_frame", "frames"}:
+                groups[call.horizon, call.steps, call.guidance].append(i)
+            else:
+                answers[i] = {}
+        for members in groups.values():
+            try:
+                computed = self._imagine([calls[i] for i in members])
+            except ValueError:  # one bad call must not spoil the others'
+                computed = [self._alone(calls[i]) for i in members]
+            answers.update(zip(members, computed, strict=True))
+        for i, call in enumerate(calls):
+            self._describe(answers[i], len(call.start))
+        return [answers[i] for i in range(len(calls))]
+
+    def _alone(self, call: Call) -> Answer:
+        try:
+            return self._imagine([call])[0]
+        except ValueError as error:
+            return error
+
+    def _describe(self, answer: Answer, rows: int) -> None:
+        if isinstance(answer, dict):
+            answer["hash"] = _texts(self.backbone.info.hash, rows)
+            answer["info"] = _texts(self.info, rows)
+
+    def _imagine(self, calls: list[Call]) -> list[Answer]:
+        first = calls[0]
+        latents = self.backbone.imagine(
+            np.concatenate([c.start for c in calls]),
+            [p for c in calls for p in c.prompts],
+            [s for c in calls for s in c.seeds],
+            first.horizon,
+            first.steps,
+            first.guidance,
+        )
+        edges = np.cumsum([len(c.start) for c in calls])[:-1]
+        return [self._outputs(c, part) for c, part in zip(calls, np.split(latents, edges), strict=True)]
+
+    def _outputs(self, call: Call, latents: Latents) -> Answer:
+        outputs: dict[str, npt.NDArray[Any]] = {}
+        if "latents" in call.wants:
+            outputs["latents"] = latents
+        if "frames" in call.wants:
+            outputs["frames"] = self.backbone.decode(latents)
+        if "last_frame" in call.wants:
+            frames = outputs.get("frames")
+            outputs["last_frame"] = self.backbone.last_frame(latents) if frames is None else frames[:, -1]
+        return outputs
+
+
+class VideoAdapterServer:
+    """The model `video_adapter`: E_v on latents 1 .. K; latent 0 is conditioning only (METHOD section 0)."""
+
+    def __init__(self, adapters: Adapters, device: str = "cpu") -> None:
+        self.adapters = adapters.to(device)
+        self.hash = adapters.hash
+        self.device = device
+
+    def run(self, batches: Sequence[npt.NDArray[np.float32]]) -> list[Answer]:
+        """Latents (b, 1+K, C, h, w) per request -> `e_v` (b, K, D) and `hash` (b, 1)."""
+        answers: list[Answer] = []
+        for latents in batches:
+            channels = self.adapters.settings.channels
+            if latents.ndim != 5 or latents.shape[1] < 2 or latents.shape[2] != channels:
+                answers.append(ValueError(f"latents: shape must be (rows, 1 + K, {channels}, h, w) with K >= 1, got {latents.shape}"))
+                continue
+            with torch.no_grad():
+                e_v = self.adapters.video(torch.tensor(latents[:, 1:], device=self.device)).cpu().numpy()
+            answers.append({"e_v": e_v, "hash": _texts(self.hash, len(latents))})
+        return answers
+
+
+def _texts(text: str, rows: int) -> npt.NDArray[Any]:
+    return np.array([[text.encode()]] * rows, dtype=object)
+
+
+def device_of(instance_kind: str) -> str:
+    """Triton's instance kind (KIND_AUTO arrives resolved) -> torch device."""
+    return "cuda" if instance_kind == "GPU" and torch.cuda.is_available() else "cpu"
+
+
+def load_worldmodel(device: str) -> WorldModelServer:
+    """From the folder W2A_ZOO with the backbone W2A_BACKBONE."""
+    settings = WorldModelSettings()
+    torch.set_num_threads(settings.torch_threads)
+    return WorldModelServer(load_backbone(settings.backbone, settings.zoo, device))
+
+
+def load_video_adapter(device: str) -> VideoAdapterServer:
+    """From the folder W2A_ZOO. Raises ValueError when the adapters were trained on another world model's latents."""
+    settings = WorldModelSettings()
+    torch.set_num_threads(settings.torch_threads)
+    adapters = Adapters.load(settings.zoo / "adapters.safetensors")
+    adapters.check_worldmodel(weights_hash(settings.backbone, settings.zoo))
+    return VideoAdapterServer(adapters, device)
+
