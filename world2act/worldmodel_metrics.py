@@ -135,8 +135,8 @@ def card_text(model: WorldModel, card: dict[str, Any]) -> str:
         "",
         f"- weights: sha256 `{model.hash}`, float32, parameters {parameters}",
         f"- data: split `{data['split']}`, scripted experts, episodes per task {data['tasks']},",
-        f"  {data['perturbed']} of them with random offsets per chunk; {data['skills']} skill clips; {data['discarded']} episodes",
-        "  discarded by the segmenter",
+        f"  {data['perturbed']} of them with random offsets per chunk; {data['skills']} skill clips;",
+        f"  {data['discarded']} episodes discarded by the segmenter",
         f"- command: `{command}`",
         f"- settings: VAE {settings['vae']}; transformer {settings['transformer']}",
         f"- seconds on {settings['threads']} thread(s), other work on the machine: {card['seconds']}",
@@ -148,8 +148,8 @@ def card_text(model: WorldModel, card: dict[str, Any]) -> str:
         *[f"| {name} | {value:.4g} |" for name, value in card["metrics"].items()],
         "",
         "`error_vs_copy_at_k`: squared latent error k latents ahead, relative to copying the start latent.",
-        "`action_r2_*`: actions read from latent 1 by a small probe, unperturbed episodes; `predicted` reads the imagined latent,",
-        "which comes from the start frame alone.",
+        "`action_r2_*`: actions read from latent 1 by a small probe, unperturbed episodes; `predicted` reads the imagined",
+        "latent, which comes from the start frame alone.",
         "",
     ]
     return "\n".join(lines)

@@ -281,9 +281,7 @@ def train_worldmodel(settings: Settings, progress: Progress = no_progress) -> Wo
     asked = asdict(settings) | {"demos": settings.demos.name, "out": settings.out.name}
     card = {
         "data": _describe(cut.episodes, cut.discarded) | {"validation_episodes": len(held_out.episodes)},
-        "settings": json.loads(
-            json.dumps(asdict(settings) | {"demos": settings.demos.name, "out": settings.out.name}, default=str)
-        ),
+        "settings": json.loads(json.dumps(asked, default=str)),
         "metrics": {name: round(value, 5) for name, value in metrics.items()},
         "seconds": times,
     }
