@@ -1,0 +1,87 @@
+"""Episode files from outside: the checks that one passes before it becomes an artifact. All raise ProblemError."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import h5py
+
+from services.gateway.problems import ProblemError, invalid
+from services.gateway.settings import GatewaySettings
+
+MAGIC = b"\x89HDF\r\n\x1a\n"
+MAX_OBJECTS = 1_000_000
+MAX_EXPANSION = 64
+"""Uncompressed bytes allowed per byte of the file: images of a simulator compress about tenfold."""
+
+
+def locate(settings: GatewaySettings, episode: str) -> Path:
+    """The file that `episode` names in the data folder. 400 when it leaves the folder, 404 when it is not there."""
+    root = settings.data_root.resolve()
+    try:
+        path = (root / episode).resolve()
+    except (ValueError, OSError, RuntimeError):
+        raise ProblemError(400, "episode: is not a usable path") from None
+    if not path.is_relative_to(root):
+        raise ProblemError(400, f"episode: {episode[:200]!r} lies outside the data folder (W2A_DATA_ROOT)")
+    if not path.is_file():
+        raise ProblemError(404, f"episode: {episode[:200]!r} is not in the data folder (W2A_DATA_ROOT)")
+    if path.stat().st_size > settings.upload_limit_bytes:
+        raise too_large("episode", settings)
+    return path
+
+
+def too_large(field: str, settings: GatewaySettings) -> ProblemError:
+    """413 that names the limit."""
+    return ProblemError(413, f"{field}: larger than the limit of {settings.upload_limit_bytes} bytes (W2A_UPLOAD_LIMIT_BYTES)")
+
+
+def check_episode(path: Path, demo: str | None, field: str = "file") -> None:
+    """422 unless `path` is a whole HDF5 file in the robomimic layout that refers to no other file and holds `demo`."""
+    with path.open("rb") as f:
+        if f.read(len(MAGIC)) != MAGIC:
+            raise invalid(field, "is not an HDF5 file (its first 8 bytes are not the HDF5 signature)")
+    try:
+        with h5py.File(path, "r") as file:
+            _check_closed(file, path.stat().st_size, field)
+            if not isinstance(file.get("data"), h5py.Group):
+                raise invalid(field, "has no group /data (robomimic layout)")
+            demos = [name for name in file["data"] if name.startswith("demo_")]
+            if not demos:
+                raise invalid(field, "has no demonstration /data/demo_<n>")
+            if demo is not None and demo not in demos:
+                raise invalid(
+                    "demo", f"{demo!r} is not in the file, which has {len(demos)} demonstrations, the first {demos[0]!r}"
+                )
+    except (OSError, RuntimeError, KeyError, ValueError) as error:
+        reason = "is truncated" if "truncated" in str(error) else "is damaged: HDF5 cannot read it"
+        raise invalid(field, f"{reason} ({str(error)[:150]})") from None
+
+
+def _check_closed(file: h5py.File, size: int, field: str) -> None:
+    """Refuse whatever makes a reader open another file, and sizes made to exhaust memory."""
+    groups, seen, expanded = [file["/"]], 0, 0
+    visited: set[object] = set()
+    while groups:
+        group = groups.pop()
+        for name in group:
+            seen += 1
+            if seen > MAX_OBJECTS:
+                raise invalid(field, f"holds more than {MAX_OBJECTS} objects")
+            link = group.get(name, getlink=True)
+            if isinstance(link, h5py.ExternalLink):
+                raise invalid(field, f"{group.name}/{name} is a link to another file")
+            if isinstance(link, h5py.SoftLink):
+                raise invalid(field, f"{group.name}/{name} is a soft link; store the object itself")
+            found = group[name]
+            if isinstance(found, h5py.Dataset):
+                if found.external or found.is_virtual:
+                    raise invalid(field, f"{found.name} keeps its values in another file")
+                expanded += found.nbytes
+            elif isinstance(found, h5py.Group):
+                key = h5py.h5o.get_info(found.id).addr
+                if key not in visited:  # hard links may form a circle
+                    visited.add(key)
+                    groups.append(found)
+    if expanded > max(size, 1024 * 1024) * MAX_EXPANSION:
+        raise invalid(field, f"expands to {expanded} bytes, more than {MAX_EXPANSION} times its size")
