@@ -1,4 +1,4 @@
-"""Training the embedded base policy by behaviour cloning on few demonstrations (split `base` only): there shall be room to improve.
+"""Training the embedded base policy by behaviour cloning on few demonstrations (split `base` only), so that it can be improved.
 
 python -m world2act.behaviour_cloning --demos DIR --out zoo/base.safetensors
 """
@@ -22,6 +22,7 @@ from world2act.data import robomimic
 from world2act.data.clips import camera_grid
 from world2act.models.tiny_policy import TinyPolicy, TinyPolicyConfig
 from world2act.models.vae import to_float
+from world2act.optimisation import Precision, autocast, warm_cosine
 from world2act.splits import Split
 from world2act.types import Episode, FloatArray, ImageArray, M
 
@@ -39,10 +40,11 @@ class Settings:
     tasks: tuple[str, ...] | None = None
     steps: int = 2000
     batch: int = 64
-    rate: float = 1e-3
+    rate: float = 2e-3
     weight_decay: float = 1e-3
     shift: int = 3
     state_noise: float = 0.05
+    precision: Precision = "auto"
 
 
 @dataclass(frozen=True)
@@ -91,15 +93,17 @@ def train(policy: TinyPolicy, samples: Samples, settings: Settings, progress: Pr
     policy.action_std.copy_(chunks.flatten(0, 1).std(0).clamp(min=1e-2))
     target = (chunks - policy.action_mean) / policy.action_std
     optimiser = torch.optim.AdamW(policy.parameters(), lr=settings.rate, weight_decay=settings.weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2 * settings.rate, total_steps=settings.steps)
+    schedule = warm_cosine(optimiser, settings.steps)
     policy.train()
     mean = 0.0
     for step in range(settings.steps):
         at = torch.randint(len(frames), (settings.batch,), generator=generator)
         seen = shifted(to_float(frames[at]).permute(0, 3, 1, 2), settings.shift, generator)
         noise = settings.state_noise * policy.state_std * torch.randn((len(at), states.shape[1]), generator=generator)
-        chunk = policy(seen, states[at] + noise, [samples.instructions[int(i)] for i in at])
-        loss = torch.nn.functional.smooth_l1_loss(chunk, target[at])
+        instructions = [samples.instructions[int(i)] for i in at]
+        with autocast(settings.precision):
+            chunk = policy(seen.contiguous(memory_format=torch.channels_last), states[at] + noise, instructions)
+        loss = torch.nn.functional.smooth_l1_loss(chunk.float(), target[at])
         optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)

@@ -12,13 +12,11 @@ prompts train it, never actions. Three things decide whether its predictions car
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,9 +27,8 @@ from world2act.console import Progress, no_progress, progress_display
 from world2act.data.clips import CutEpisode, LatentBank, median_first_frames, read_cut
 from world2act.models.vae import SEEN, VideoVAE, to_float
 from world2act.models.worldmodel import WorldModel, WorldModelConfig
+from world2act.optimisation import Precision, autocast, warm_cosine
 from world2act.splits import Split
-
-Precision = Literal["auto", "float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -84,22 +81,6 @@ class Settings:
     transformer: TransformerSettings = field(default_factory=TransformerSettings)
 
 
-def autocast(precision: Precision) -> AbstractContextManager[Any]:
-    """bfloat16 where the CPU has instructions for it (`auto`): twice as fast; weights and loss stay float32."""
-    fast = precision == "bfloat16" or (precision == "auto" and torch.cpu._is_avx512_bf16_supported())
-    return torch.autocast("cpu", torch.bfloat16, enabled=fast)
-
-
-def one_cycle(optimiser: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """Linear warm-up over the first 5 %, then a half cosine to zero."""
-    warm = max(1, steps // 20)
-
-    def factor(step: int) -> float:
-        return (step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
-
-    return torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
-
-
 class _Windows:
     """Draws windows of five frames with the weights of their pixels."""
 
@@ -148,7 +129,7 @@ def train_vae(
     windows = _Windows(episodes, settings, np.random.default_rng(seed))
     vae.train()
     optimiser = torch.optim.AdamW(vae.parameters(), lr=settings.rate, betas=(0.9, 0.99), weight_decay=1e-4)
-    schedule = one_cycle(optimiser, settings.steps)
+    schedule = warm_cosine(optimiser, settings.steps)
     mean_error = mean_kl = 0.0
     for step in range(settings.steps):
         seen, weights = windows.draw(settings.batch)
@@ -196,7 +177,7 @@ def train_transformer(
     generator = torch.Generator().manual_seed(seed)
     parameters = [*model.transformer.parameters(), *model.text.parameters()]
     optimiser = torch.optim.AdamW(parameters, lr=settings.rate, betas=(0.9, 0.95), weight_decay=settings.weight_decay)
-    schedule = one_cycle(optimiser, settings.steps)
+    schedule = warm_cosine(optimiser, settings.steps)
     losses = {"short": 0.0, "long": 0.0}
     seen = {"short": 0, "long": 0}
     model.train()
