@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import sys
 
@@ -32,6 +33,8 @@ def main() -> int:
         print(str(error), file=sys.stderr)
         return 2
     structlog.get_logger().info("serving", address=f"http://{settings.host}:{settings.gateway_port}")
+    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises the signal again after its shutdown: by then it means nothing
+        signal.signal(number, lambda *_: None)
     # Open event streams must not keep the process from ending.
     server = uvicorn.Server(
         uvicorn.Config(

@@ -23,6 +23,7 @@ from services.gateway.problems import ProblemDetails, ProblemError, from_validat
 from services.gateway.requests import (
     EXAMPLES,
     EvaluateRequest,
+    ImagineRequest,
     JobAccepted,
     PosttrainRequest,
     RolloutRequest,
@@ -48,6 +49,7 @@ TYPES = {
     "txt": "text/plain; charset=utf-8",
 }
 RolloutBody = Annotated[RolloutRequest, Body(openapi_examples=EXAMPLES["rollout"])]
+ImagineBody = Annotated[ImagineRequest, Body(openapi_examples=EXAMPLES["imagine"])]
 PosttrainBody = Annotated[PosttrainRequest, Body(openapi_examples=EXAMPLES["posttrain"])]
 EvaluateBody = Annotated[EvaluateRequest, Body(openapi_examples=EXAMPLES["evaluate"])]
 Stage1Body = Annotated[Stage1Request, Body(openapi_examples=EXAMPLES["stage1"])]
@@ -204,7 +206,7 @@ def _store(doors: Doors, path: Path, demo: str | None, field: str) -> str:
 
 
 def add_jobs(app: FastAPI, doors: Doors) -> None:
-    """POST /rollout, /posttrain, /evaluate, /stage1. Redis is asked first: without it nothing can be accepted."""
+    """POST /rollout, /imagine, /posttrain, /evaluate, /stage1. Redis is asked first: without it nothing can be accepted."""
 
     def accept(kind: str, params: dict[str, Any], response: Response) -> JobAccepted:
         job = doors.jobs.create(kind, params)
@@ -220,11 +222,19 @@ def add_jobs(app: FastAPI, doors: Doors) -> None:
         doors.need(*(["triton"] if asked.mode != "execute" else []), *(["vla"] if asked.mode != "imagine" else []))
         return accept("rollout", asked.params(), response)
 
+    @app.post("/imagine", status_code=202, tags=["work"])
+    def imagine(asked: ImagineBody, response: Response) -> JobAccepted:
+        """Imagine skills from one initial state: given, planned from an instruction, or the task's own."""
+        doors.redis.ping()
+        doors.check_tasks([asked.task], "task")
+        doors.need("triton")
+        return accept("imagine", asked.params(), response)
+
     @app.post("/posttrain", status_code=202, tags=["work"])
     def posttrain(asked: PosttrainBody, response: Response) -> JobAccepted:
         """Post-train the base policy without rewards: generation, execution and optimisation, in one of three modes."""
         doors.redis.ping()
-        doors.check_tasks(asked.tasks or [], "tasks")
+        doors.check_tasks(asked.tasks, "tasks")
         doors.need("triton", "vla")
         return accept("posttrain", asked.params(), response)
 
@@ -232,13 +242,14 @@ def add_jobs(app: FastAPI, doors: Doors) -> None:
     def evaluate(asked: EvaluateBody, response: Response) -> JobAccepted:
         """Success of the base and of a residual version on the same held-out initial states."""
         doors.redis.ping()
-        doors.check_tasks(asked.tasks or [], "tasks")
+        doors.check_tasks(asked.tasks, "tasks")
         doors.need("vla")
         return accept("evaluate", asked.params(), response)
 
     @app.post("/stage1", status_code=202, tags=["work"])
     def stage1(asked: Stage1Body, response: Response) -> JobAccepted:
         """Train the adapters that tie video dynamics to actions (Stage 1)."""
+        uploads.inside(doors.settings, asked.demos, "demos")
         doors.redis.ping()
         return accept("stage1", asked.params(), response)
 

@@ -9,6 +9,7 @@ import time
 from typing import Any
 from urllib.parse import urlsplit
 
+import anyio
 import prometheus_client
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -22,6 +23,7 @@ SECONDS = prometheus_client.Histogram(
 )
 OPEN = ("/healthz", "/readyz")
 MULTIPART_OVERHEAD = 64 * 1024
+DRAIN_BYTES, DRAIN_SECONDS = 64 * 1024 * 1024, 5.0
 
 
 class Guard:
@@ -46,7 +48,7 @@ class Guard:
         try:
             problem = self._refusal(scope, headers)
             if problem is not None:
-                await _answer(watched, problem, scope["path"])
+                await _answer(watched, problem, scope["path"], receive)
             else:
                 await self.app(scope, self._limited(headers, receive), watched)
         finally:
@@ -92,6 +94,7 @@ class Guard:
             message = await receive()
             seen += len(message.get("body", b""))
             if seen > limit:
+                await _drain(receive)
                 raise HTTPException(413, _too_large(limit).detail)
             return message
 
@@ -102,10 +105,23 @@ def _too_large(limit: int) -> ProblemError:
     return ProblemError(413, f"the body is larger than the limit of {limit} bytes (W2A_UPLOAD_LIMIT_BYTES, W2A_JSON_LIMIT_BYTES)")
 
 
-async def _answer(send: Any, problem: ProblemError, path: str) -> None:
+async def _drain(receive: Receive) -> None:
+    """Read on and forget, for a while: a client that still sends when the connection closes never sees the answer."""
+    left = DRAIN_BYTES
+    with anyio.move_on_after(DRAIN_SECONDS):
+        while left > 0:
+            message = await receive()
+            left -= len(message.get("body", b""))
+            if not message.get("more_body"):
+                return
+
+
+async def _answer(send: Any, problem: ProblemError, path: str, receive: Receive) -> None:
     data = raw(problem, path)
     headers = [(b"content-type", MEDIA_TYPE.encode()), (b"content-length", str(len(data)).encode()), (b"connection", b"close")]
     if problem.status == 401:
         headers += [(b"www-authenticate", b"Bearer"), (b"www-authenticate", b'Basic realm="world2act"')]
     await send({"type": "http.response.start", "status": problem.status, "headers": headers})
-    await send({"type": "http.response.body", "body": data})
+    await send({"type": "http.response.body", "body": data, "more_body": True})
+    await _drain(receive)
+    await send({"type": "http.response.body", "body": b""})

@@ -11,6 +11,8 @@ from world2act.segmentation.events import check_widths
 from world2act.segmentation.schemas import check_instruction
 from world2act.splits import INDICES_PER_SPLIT, parse_split
 
+NAMESPACE = r"^[A-Za-z0-9_-]{1,80}$"
+
 
 class Body(BaseModel):
     """Base of all requests."""
@@ -96,7 +98,7 @@ class RolloutRequest(Scenes):
         description="initial states within the split, 1 to 64 of [0, 1,000,000); `seeds` means the same",
     )
     mode: Literal["imagine", "execute", "both"] = "both"
-    namespace: str = Field("default", pattern=r"^[A-Za-z0-9_-]{1,80}$", description="policies of a post-training job: its id")
+    namespace: str = Field("default", pattern=NAMESPACE, description="policies of a post-training job: its id")
     version: int = Field(-1, ge=-1, le=1_000_000, description="residual version; 0: the base alone; -1: the newest")
     seed: int = Field(0, ge=0, lt=2**31, description="noise of the world model")
     video: bool = Field(True, description="store an mp4 of each")
@@ -110,29 +112,77 @@ class RolloutRequest(Scenes):
         return value
 
 
+class Skill(Body):
+    """One skill to imagine: its prompt and how many action chunks long."""
+
+    prompt: str = Field(min_length=1, max_length=500)
+    chunks: int = Field(ge=1, le=32)
+
+
+class ImagineRequest(Scenes):
+    """Imagine skills from one initial state: as given, or planned from an instruction, or the task's own."""
+
+    task: str = Field(min_length=1, max_length=80)
+    index: int = Field(0, ge=0, lt=INDICES_PER_SPLIT)
+    instruction: str | None = Field(None, description="1 to 500 characters; planned into skills")
+    skills: list[Skill] | None = Field(None, min_length=1, max_length=32)
+    seed: int = Field(0, ge=0, lt=2**31)
+    video: bool = True
+
+    @field_validator("instruction")
+    @classmethod
+    def _instruction(cls, value: str | None) -> str | None:
+        return None if value is None else _said("instruction", check_instruction, value)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if self.instruction is not None and self.skills is not None:
+            raise ValueError("skills: give instruction or skills, not both")
+        return self
+
+
 class PosttrainRequest(Body):
-    """Post-train the base policy without rewards: imagine, execute and optimise."""
+    """Post-train the base policy without rewards: imagine, execute and optimise. What is left out comes from the preset."""
 
     preset: Literal["default", "paper"] = "default"
     tasks: list[str] = Field(min_length=1, max_length=64)
     mode: Literal["serial", "synchronous", "asynchronous"] = "asynchronous"
-    eta: int = Field(1, ge=0, le=100, description="staleness bound: versions a trajectory's policy may be behind")
-    rounds: int = Field(2, ge=0, le=100, description="on-policy rounds after the first")
-    episodes: int = Field(16, ge=1, le=10_000, description="initial states a task and round")
-    steps: int = Field(400, ge=1, le=1_000_000, description="optimiser steps a round")
+    eta: int | None = Field(None, ge=0, le=100, description="asynchronous: versions that the acting policy may be behind, >= 1")
+    rounds: int | None = Field(None, ge=0, le=100, description="on-policy rounds after the first")
+    episodes: int | None = Field(None, ge=1, le=10_000, description="initial states a task and round")
+    steps: int | None = Field(None, ge=1, le=1_000_000, description="optimiser steps a round")
     seed: int = Field(0, ge=0, lt=2**31)
+    namespace: str | None = Field(None, pattern=NAMESPACE, description="where versions are published; else the job's id")
 
     _tasks = field_validator("tasks")(_check_tasks)
 
+    @model_validator(mode="after")
+    def _bound_fits_mode(self) -> Self:
+        if self.mode == "asynchronous" and self.eta == 0:
+            raise ValueError("eta: asynchronous needs at least 1; eta 0 is mode synchronous")
+        if self.mode != "asynchronous" and self.eta:
+            raise ValueError(f"eta: mode {self.mode} means 0, got {self.eta}")
+        return self
+
+
+class PolicyRef(Body):
+    """A policy: `version` of `namespace`; 0 is the base alone, -1 the newest."""
+
+    namespace: str = Field("default", pattern=NAMESPACE)
+    version: int = Field(-1, ge=-1, le=1_000_000)
+
 
 class EvaluateRequest(Body):
-    """Success of base and post-trained policy on the same held-out initial states."""
+    """Success of policies on the same held-out initial states; without `versions`: the base against namespace and version."""
 
     tasks: list[str] = Field(min_length=1, max_length=64)
     episodes: int = Field(20, ge=1, le=10_000, description="initial states a task")
-    namespace: str = Field("default", pattern=r"^[A-Za-z0-9_-]{1,80}$")
+    first_index: int = Field(0, ge=0, lt=INDICES_PER_SPLIT)
+    versions: list[PolicyRef] | None = Field(None, min_length=1, max_length=16, description="policies, the reference first")
+    namespace: str = Field("default", pattern=NAMESPACE)
     version: int = Field(-1, ge=-1, le=1_000_000)
     split: Literal["evaluation", "tuning"] = "evaluation"
+    seed: int = Field(0, ge=0, lt=2**31)
 
     _tasks = field_validator("tasks")(_check_tasks)
 
@@ -141,6 +191,7 @@ class Stage1Request(Body):
     """Train the adapters (Stage 1) on demonstrations in the data folder."""
 
     preset: Literal["default", "paper"] = "default"
+    demos: str = Field(".", min_length=1, max_length=500, description="folder of demonstrations, relative to the data folder")
     steps: int | None = Field(None, ge=1, le=1_000_000)
     seed: int = Field(0, ge=0, lt=2**31)
 
@@ -175,6 +226,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
             "value": {"task": "drawer-open", "split": "posttrain", "indices": [0, 1], "mode": "both", "version": 0, "video": True}
         }
     },
+    "imagine": {"the task's own skills": {"value": {"task": "drawer-open", "split": "posttrain", "index": 0}}},
     "posttrain": {
         "asynchronous": {"value": {"preset": "default", "tasks": ["drawer-open", "door-open"], "mode": "asynchronous", "eta": 1}}
     },

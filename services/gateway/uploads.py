@@ -15,15 +15,21 @@ MAX_EXPANSION = 64
 """Uncompressed bytes allowed per byte of the file: images of a simulator compress about tenfold."""
 
 
-def locate(settings: GatewaySettings, episode: str) -> Path:
-    """The file that `episode` names in the data folder. 400 when it leaves the folder, 404 when it is not there."""
+def inside(settings: GatewaySettings, name: str, field: str) -> Path:
+    """The path that `name` means in the data folder. 400 when it leaves the folder."""
     root = settings.data_root.resolve()
     try:
-        path = (root / episode).resolve()
+        path = (root / name).resolve()
     except (ValueError, OSError, RuntimeError):
-        raise ProblemError(400, "episode: is not a usable path") from None
+        raise ProblemError(400, f"{field}: is not a usable path") from None
     if not path.is_relative_to(root):
-        raise ProblemError(400, f"episode: {episode[:200]!r} lies outside the data folder (W2A_DATA_ROOT)")
+        raise ProblemError(400, f"{field}: {name[:200]!r} lies outside the data folder (W2A_DATA_ROOT)")
+    return path
+
+
+def locate(settings: GatewaySettings, episode: str) -> Path:
+    """The file that `episode` names in the data folder. 400 when it leaves the folder, 404 when it is not there."""
+    path = inside(settings, episode, "episode")
     if not path.is_file():
         raise ProblemError(404, f"episode: {episode[:200]!r} is not in the data folder (W2A_DATA_ROOT)")
     if path.stat().st_size > settings.upload_limit_bytes:
