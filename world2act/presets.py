@@ -10,7 +10,7 @@ from typing import Literal
 
 from world2act.models.adapters import AdapterSettings
 from world2act.objectives import Contrastive
-from world2act.optimisation import Optimiser
+from world2act.optimiser import Optimiser
 
 Preset = Literal["default", "paper"]
 
