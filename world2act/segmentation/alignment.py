@@ -62,8 +62,10 @@ def filter_events(events: Sequence[ContactEvent], schema: TaskSchema) -> tuple[t
         before = kept[-1].offset if kept else None
         if e.onset < schema.start_frames:
             notes.append(f"contact at {e.onset} ignored: closes before frame {schema.start_frames}, no grasp")
-        elif e.width_m < schema.min_object_width_m:
-            notes.append(f"contact at {e.onset} ignored: {e.width_m:.3f} m < {schema.min_object_width_m:g} m, nothing is held")
+        elif e.low_m < schema.min_object_width_m:
+            notes.append(
+                f"contact at {e.onset} ignored: closes to {e.low_m:.4f} m (< {schema.min_object_width_m:g}), nothing is held"
+            )
         elif before is not None and e.onset - before < MIN_SEPARATION:
             notes.append(f"contact at {e.onset} ignored: {e.onset - before} frames after the last one (< {MIN_SEPARATION})")
         else:
@@ -78,7 +80,7 @@ def _match(kinds: list[str], given: Sequence[Candidate]) -> tuple[list[Candidate
     if kinds == ["contact_on"]:
         # One grasp in the whole task: earlier contacts were attempts (the object slipped), the last one counts.
         contacts = [c for c in given if c.kind == "contact_on"]
-        return (contacts[-1:], "") if contacts else ([], "no contact found")
+        return (contacts[-1:], "") if contacts else ([], "no contact that holds something")
     useful = [c for c in given if c.kind in kinds]
     if len(useful) == len(kinds) + 1 and useful[-1].kind == "contact_off":
         useful = useful[:-1]  # letting go after the last step is no step

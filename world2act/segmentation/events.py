@@ -60,12 +60,13 @@ class GripperCalibration:
 class ContactEvent:
     """One contact: frames onset .. offset-1; offset is None while the contact still lasts at the last frame.
 
-    width_m is the median width while in contact: what is between the fingers.
+    width_m is the median width while in contact: what is between the fingers; low_m the least: did it stay there.
     """
 
     onset: int
     offset: int | None
     width_m: float
+    low_m: float
 
 
 def check_widths(widths: npt.ArrayLike, frames: int | None = None, field: str = "gripper_width_m") -> WidthArray:
@@ -131,11 +132,11 @@ def contact_events(
         starts, ends = starts[np.r_[True, wide]], ends[np.r_[wide, True]]
     keep = ends - starts >= calibration.min_frames
     return tuple(
-        ContactEvent(int(a), int(b) if b < w.size else None, float(np.median(w[a:b])))
+        ContactEvent(int(a), int(b) if b < w.size else None, float(np.median(w[a:b])), float(w[a:b].min()))
         for a, b in zip(starts[keep], ends[keep], strict=True)
     )
 
 
 def as_json(events: Sequence[ContactEvent]) -> list[dict[str, float | int | None]]:
     """Events as JSON objects."""
-    return [{"onset": e.onset, "offset": e.offset, "width_m": round(e.width_m, 6)} for e in events]
+    return [{"onset": e.onset, "offset": e.offset, "width_m": round(e.width_m, 6), "low_m": round(e.low_m, 6)} for e in events]

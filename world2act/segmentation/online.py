@@ -35,6 +35,7 @@ class OnlineSkill:
         self._frame = 0
         self._contact = False
         self._ignored = False
+        self._empty = False
 
     @property
     def index(self) -> int:
@@ -64,6 +65,8 @@ class OnlineSkill:
             self._contact = False
         if self._contact and not was:
             self._ignored = self._frame < self.schema.start_frames
+        # Fingers that met once hold nothing until they have opened again, whatever they are pushed apart by.
+        self._empty = self._contact and (self._empty or w < self.schema.min_object_width_m)
         self._frame += self.stride
         if self._ignored:
             self._ignored = self._contact
@@ -71,10 +74,9 @@ class OnlineSkill:
         steps = self.schema.steps
         ends = steps[self.index].ends
         before = steps[self._active[self._position - 1]].ends if self._position else ""
-        empty = self._contact and w < self.schema.min_object_width_m
-        if before == "contact_on" and (empty or (not self._contact and ends == "end")):
+        if before == "contact_on" and (self._empty or (not self._contact and ends == "end")):
             self._position -= 1  # the grasp missed, or the object was let go too early: grasp again
-        elif self._position + 1 < len(self._active) and not empty:
+        elif self._position + 1 < len(self._active) and not self._empty:
             contact_made = ends == "contact_on" and self._contact
             contact_left = ends == "contact_off" and was and not self._contact
             if contact_made or contact_left:

@@ -1,0 +1,19 @@
+"""Settings of the segmenter; environment variables W2A_SEGMENT_*."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from services.runtime.settings import CommonSettings
+
+
+class SegmenterSettings(CommonSettings):
+    """What the segmenter knows beyond what every service knows."""
+
+    segment_visibility_seconds: int = Field(
+        60, ge=1, le=3600, description="a task whose worker died is given to another after this; longer than any task"
+    )
+    segment_result_seconds: int = Field(24 * 3600, ge=60, description="how long results are kept")
+    segment_attempts: int = Field(3, ge=1, le=20, description="starts of one task before it goes to the dead letters")
+    segment_max_demos: int = Field(10_000, ge=1, description="demonstrations read from one file")
+    segment_max_bytes: int = Field(2 * 1024**3, ge=1, description="largest HDF5 file, bytes")
