@@ -1,0 +1,125 @@
+"""What a batch goes through: base policy once for all rows, VAE once for the rows that need it, each residual on its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import grpc
+import numpy as np
+import numpy.typing as npt
+import structlog
+import torch
+
+from services.runtime.rpc import RpcError
+from services.vla.observations import Observations
+from services.vla.policies.base import BasePolicy, in_blocks
+from services.vla.versions import Residual
+from world2act.bundle import Bundle, Origin
+from world2act.models.store import WeightsError
+from world2act.models.worldmodel import WorldModel
+from world2act.types import FloatArray, ImageArray
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class ActJob:
+    """One request: its rows and who acts on top of the base (None: nobody)."""
+
+    observations: Observations
+    residual: Residual | None
+
+    def __len__(self) -> int:
+        return len(self.observations)
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """float32 (B, M, A) each, in the simulator's action units; combined = clip(base + residual)."""
+
+    base: FloatArray
+    residual: FloatArray
+    combined: FloatArray
+    version: int
+
+
+class Engine:
+    """Stateless after construction; `compute` is called by one thread, `check` by any."""
+
+    def __init__(self, policy: BasePolicy, worldmodel: WorldModel, adapters_hash: str, block: int) -> None:
+        self.policy, self.block, self.adapters_hash = policy, block, adapters_hash
+        self.worldmodel_hash = worldmodel.hash
+        self._vae = worldmodel.vae  # the transformer is not needed here
+
+    def compute(self, jobs: Sequence[ActJob]) -> list[Chunks | Exception]:
+        """One batch. A residual that fails spoils only the requests that asked for it."""
+        rows = Observations.join([job.observations for job in jobs])
+        base = self.policy.act(rows.grids, rows.states, rows.instructions)
+        ends = np.cumsum([len(job) for job in jobs])
+        places = [np.arange(end - len(job), end) for job, end in zip(jobs, ends, strict=True)]
+        latents = self._latents(rows, [p for job, p in zip(jobs, places, strict=True) if job.residual and job.residual.latents])
+        results: list[Chunks | Exception] = [Chunks(base[p], np.zeros_like(base[p]), base[p], 0) for p in places]
+        for residual in {job.residual for job in jobs if job.residual}:
+            members = [i for i, job in enumerate(jobs) if job.residual is residual]
+            where = np.concatenate([places[i] for i in members])
+            visual = latents[where] if residual.latents else rows.grids[where]
+            texts = [rows.instructions[i] for i in where]
+            try:
+                both = in_blocks(residual.combine, self.block, visual, rows.states[where], base[where], texts)
+                if not np.isfinite(both).all():
+                    raise ValueError("actions are not finite")
+            except Exception as error:
+                log.exception("residual failed", version=residual.version, uri=residual.uri)
+                failure = RpcError(grpc.StatusCode.INTERNAL, f"residual version {residual.version} failed: {error}")
+                for i in members:
+                    results[i] = failure
+                continue
+            parts = np.split(both, np.cumsum([len(jobs[i]) for i in members])[:-1])
+            for i, part in zip(members, parts, strict=True):
+                results[i] = Chunks(base[places[i]], part[:, 0], part[:, 1], residual.version)
+        return results
+
+    def _latents(self, rows: Observations, places: Sequence[npt.NDArray[np.int64]]) -> FloatArray:
+        """VAE latents (B, C, h, w), computed for the rows in `places` and zero elsewhere."""
+        latents = np.zeros((len(rows), *self._vae.config.latent_shape), np.float32)
+        if places:
+            where = np.concatenate(places)
+            latents[where] = in_blocks(self._encode, self.block, rows.grids[where])
+        return latents
+
+    def _encode(self, grids: ImageArray) -> FloatArray:
+        with torch.inference_mode():
+            latents: FloatArray = self._vae.encode(torch.from_numpy(grids)[:, None])[:, 0].numpy()
+        return latents
+
+    def check(self, content: bytes, version: int, uri: str) -> Residual:
+        """A residual out of a bundle's bytes, tried once. Raises WeightsError (a ValueError) that says what does not fit.
+
+        Refused are: a damaged file, missing statistics, another base policy, world model or adapters, other action limits.
+        """
+        spec = self.policy.spec
+        adapters = self.adapters_hash or Bundle.from_bytes(content, uri).origin.adapters  # empty: any
+        bundle = Bundle.from_bytes(content, uri, Origin(spec.hash, self.worldmodel_hash, adapters))
+        if (bundle.layout.low, bundle.layout.high) != (spec.low, spec.high):
+            raise WeightsError(
+                f"{uri}: the residual's action limits are {bundle.layout.low} to {bundle.layout.high}, "
+                f"the base policy's {spec.low} to {spec.high}"
+            )
+        residual = Residual(version, uri, bundle)
+        self._try(residual)
+        return residual
+
+    def _try(self, residual: Residual) -> None:
+        """Act once on blank observations: what cannot run must fail here, not under a client's request."""
+        spec, rows = self.policy.spec, max(self.block, 1)
+        grids = np.zeros((rows, 2 * spec.height, 2 * spec.width, 3), np.uint8)
+        states = np.zeros((rows, spec.state_size), np.float32)
+        base = np.zeros((rows, spec.chunk, spec.action_size), np.float32)
+        try:
+            both = residual.combine(self._encode(grids) if residual.latents else grids, states, base, ["probe"] * rows)
+        except (RuntimeError, ValueError, IndexError) as error:
+            reason = str(error).splitlines()[0]
+            raise WeightsError(f"{residual.uri}: the residual cannot run on this policy's observations ({reason})") from None
+        if both.shape != (rows, 2, spec.chunk, spec.action_size) or not np.isfinite(both).all():
+            raise WeightsError(f"{residual.uri}: the residual returns {both.shape[2:]} actions or values that are not finite")

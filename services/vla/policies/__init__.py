@@ -1,0 +1,1 @@
+"""One file per base policy; `base.make(settings)` builds the one that the settings name."""
