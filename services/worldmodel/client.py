@@ -60,7 +60,7 @@ class ImagineClient:
 
     def served(self) -> Served:
         """Hashes and sizes, from the loaded models themselves. Imagines nothing."""
-        reply = self._call("worldmodel", _inputs(np.zeros((1, 1, 1, 3), np.uint8), [""], [0], 1, 1, 1.0), ["info"])
+        reply = self._call("worldmodel", _inputs(np.zeros((1, 1, 1, 3), np.uint8), [""], [0], 1, 1, 1.0, 0), ["info"])
         info = BackboneInfo.from_dict(json.loads(reply["info"][0, 0]))
         latents = np.zeros((1, 2, *info.latent_shape), np.float32)
         reply = self._call("video_adapter", {"latents": latents}, ["hash"])
@@ -82,7 +82,8 @@ class ImagineClient:
         frames uint8 (b, 1+M*horizon, H, W, 3). Raises TritonUnavailableError or TritonRefusedError.
         """
         names = [*wants, "worldmodel_hash", "adapters_hash"]
-        reply = self._call("imagine", _inputs(start, prompts, seeds, horizon, steps, guidance), names)
+        decode = 2 if "frames" in wants else 1 if "last_frame" in wants else 0
+        reply = self._call("imagine", _inputs(start, prompts, seeds, horizon, steps, guidance, decode), names)
         hashes = [cast(bytes, reply.pop(name)[0, 0]).decode() for name in ("worldmodel_hash", "adapters_hash")]
         return reply, hashes[0], hashes[1]
 
@@ -109,7 +110,7 @@ def sort_error(error: InferenceServerException) -> Exception:
 
 
 def _inputs(
-    start: Frames, prompts: Sequence[str], seeds: Sequence[int], horizon: int, steps: int, guidance: float
+    start: Frames, prompts: Sequence[str], seeds: Sequence[int], horizon: int, steps: int, guidance: float, decode: int
 ) -> dict[str, npt.NDArray[Any]]:
     rows = len(start)
     if not 1 <= rows <= MAX_ROWS or len(prompts) != rows or len(seeds) != rows:
@@ -121,4 +122,5 @@ def _inputs(
         "horizon": np.full((rows, 1), horizon, np.int32),
         "steps": np.full((rows, 1), steps, np.int32),
         "guidance": np.full((rows, 1), guidance, np.float32),
+        "decode": np.full((rows, 1), decode, np.int32),
     }

@@ -19,6 +19,10 @@ from services.worldmodel.backbones import Backbone, Frames, Latents, load_backbo
 from services.worldmodel.settings import WorldModelSettings
 from world2act.models.adapters import Adapters
 
+MAX_GUIDANCE = 100.0
+FRAMES = frozenset({"last_frame", "frames"})
+DECODE: dict[int, frozenset[str]] = {0: frozenset(), 1: frozenset({"last_frame"}), 2: FRAMES}
+"""The input `decode` -> the decoded outputs it allows."""
 Answer = dict[str, npt.NDArray[Any]] | ValueError
 
 
@@ -36,15 +40,20 @@ class Call:
 
 
 def read_call(inputs: dict[str, npt.NDArray[Any]], wants: Sequence[str]) -> Call:
-    """Named Triton inputs, each with a leading row dimension -> Call. Raises ValueError naming the field."""
+    """Named Triton inputs, each with a leading row dimension -> Call. Raises ValueError naming the field.
+
+    An ensemble asks its members for every output, whatever its own caller wants: so the input `decode` says which frames to make.
+    """
+    if not ((inputs["guidance"] >= 0.0) & (inputs["guidance"] <= MAX_GUIDANCE)).all():  # also refuses NaN
+        raise ValueError(f"guidance: {inputs['guidance'].max()} is outside [0, {MAX_GUIDANCE:g}]")
     same: dict[str, Any] = {}
-    for name in ("horizon", "steps", "guidance"):
+    for name in ("horizon", "steps", "guidance", "decode"):
         values = inputs[name].reshape(-1)
         if (values != values[0]).any():
             raise ValueError(f"{name}: must be equal for all rows of a request")
         same[name] = values[0].item()
-    if not 0.0 <= same["guidance"] <= 100.0:  # also refuses NaN
-        raise ValueError(f"guidance: {same['guidance']} is outside [0, 100]")
+    if same["decode"] not in DECODE:
+        raise ValueError(f"decode: {same['decode']} is outside [0, {len(DECODE) - 1}]")
     try:
         prompts = [cast(bytes, p).decode() for p in inputs["prompt"].reshape(-1)]
     except UnicodeDecodeError:
@@ -56,7 +65,7 @@ def read_call(inputs: dict[str, npt.NDArray[Any]], wants: Sequence[str]) -> Call
         same["horizon"],
         same["steps"],
         same["guidance"],
-        frozenset(wants),
+        frozenset(wants) - (FRAMES - DECODE[same["decode"]]),
     )
 
 

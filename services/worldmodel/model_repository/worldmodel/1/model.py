@@ -5,7 +5,7 @@ import triton_python_backend_utils as pb_utils
 
 from services.worldmodel import serving
 
-INPUTS = ("start_frame", "prompt", "seed", "horizon", "steps", "guidance")
+INPUTS = ("start_frame", "prompt", "seed", "horizon", "steps", "guidance", "decode")
 
 
 def refusal(error):
