@@ -64,6 +64,10 @@ def make_app(settings: SegmenterSettings) -> Celery:
         broker_connection_max_retries=None,
         broker_transport_options={
             "visibility_timeout": settings.segment_visibility_seconds,
+            # kombu looks for tasks of dead workers every 100 s by default, and a worker killed while looking bars the others.
+            "unacked_restore_interval": 2,
+            "unacked_restore_throttle": 1,
+            "unacked_mutex_expire": 10,
             "socket_keepalive": True,
             "health_check_interval": 10,
         },
