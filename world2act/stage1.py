@@ -106,8 +106,7 @@ def build_data(model: VideoModel, clips: Iterable[Clip], horizon: int, seed: int
                 f"expected actions (n, {shape[0]}, {shape[1]}) and 1 + {M} n frames"
             )
         true.append(model.encode(torch.from_numpy(clip.frames)[None])[0])
-        step = horizon or n
-        starts = sorted({0, *range(int(rng.integers(step)), n, step)})
+        starts = sorted({0, *range(int(rng.integers(horizon)), n, horizon)}) if horizon else [0]
         predicted.append(_predict(model, clip, true[-1], starts, seed * 1_000_003 + len(kept) * 1009))
         kept.append(replace(clip, frames=clip.frames[:0]))
     if not kept:

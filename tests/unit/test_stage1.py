@@ -14,7 +14,7 @@ from world2act.normalisation import Statistics
 from world2act.presets import STAGE1
 from world2act.types import Clip
 
-QUICK = replace(STAGE1["default"], steps=150, batch=16, predicted_share=0.0)
+QUICK = replace(STAGE1["default"], steps=120, batch=12, predicted_share=0.0)
 
 
 def painted(actions: torch.Tensor) -> torch.Tensor:
@@ -23,24 +23,25 @@ def painted(actions: torch.Tensor) -> torch.Tensor:
     return torch.cat([torch.zeros_like(latents[:, :1]), latents], 1)
 
 
-def known_world(clips: int = 60, chunks: int = 6) -> stage1.Stage1Data:
-    actions = torch.randn(clips, chunks, 4, 4, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+def known_world(seed: int = 0, clips: int = 60, chunks: int = 6) -> stage1.Stage1Data:
+    generator = torch.Generator().manual_seed(seed)
+    actions = torch.randn(clips, chunks, 4, 4, generator=generator).clamp(-1, 1)
     latents = painted(actions)
-    mask = torch.arange(chunks) < torch.randint(3, chunks + 1, (clips, 1), generator=torch.Generator().manual_seed(1))
+    mask = torch.arange(chunks) < torch.randint(3, chunks + 1, (clips, 1), generator=generator)
     skills = torch.arange(clips) % 3
     return stage1.Stage1Data(latents, latents, actions, mask, torch.arange(clips) % 2, skills, ("a", "b"), "w" * 64)
 
 
 def test_learns_the_known_world_and_fails_when_alignment_shifts_by_one(monkeypatch):
-    data = known_world()
+    data, held_out = known_world(0), known_world(1)
     adapters, history = stage1.train(data, QUICK, seed=0)
-    found = stage1.evaluate(adapters, data)
-    assert found["r2_true"] > 0.7 and found["retrieval_true"] > 0.95
+    found = stage1.evaluate(adapters, held_out)
+    assert found["r2_true"] > 0.6 and found["retrieval_true"] > 0.95
     assert history[-1]["loss"] < 0.5 * history[0]["loss"]
 
     monkeypatch.setattr(stage1, "chunk_of_latent", lambda k: min(k, data.mask.shape[1] - 1))  # off by one
     shifted, _ = stage1.train(data, QUICK, seed=0)
-    assert stage1.evaluate(shifted, data)["r2_true"] < 0.2
+    assert stage1.evaluate(shifted, held_out)["r2_true"] < 0.2
 
 
 def test_equal_seeds_give_equal_weights_and_others_do_not():
@@ -49,7 +50,7 @@ def test_equal_seeds_give_equal_weights_and_others_do_not():
     assert one.hash == two.hash != other.hash
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 1000), extra=st.integers(1, 3), junk=st.sampled_from([0.0, 50.0, float("nan")]))
 def test_padded_chunks_do_not_change_the_loss(seed, extra, junk):
     generator = torch.Generator().manual_seed(seed)
