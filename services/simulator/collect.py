@@ -17,12 +17,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import numpy as np
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from services.simulator.envs import base
@@ -195,7 +195,7 @@ def collect(settings: CollectSettings, console: Console | None = None) -> list[T
         return run_workers(tasks, settings, progress, bars)
 
 
-def run_workers(tasks: list[str], settings: CollectSettings, progress: Progress, bars: dict[str, object]) -> list[Tally]:
+def run_workers(tasks: list[str], settings: CollectSettings, progress: Progress, bars: dict[str, TaskID]) -> list[Tally]:
     """Hand tasks to spawned workers, first come, first served; stops all workers whatever happens."""
     context = multiprocessing.get_context("spawn")
     queue, tallies, errors = list(tasks), {task: Tally(task) for task in tasks}, []
@@ -210,7 +210,7 @@ def run_workers(tasks: list[str], settings: CollectSettings, progress: Progress,
             processes.append(process)
             connections.append(ours)
         while connections:
-            for connection in wait(connections):
+            for connection in cast(list[Connection], wait(connections)):
                 try:
                     message = json.loads(connection.recv_bytes())
                 except EOFError:

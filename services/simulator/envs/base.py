@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, get_args
@@ -176,7 +176,7 @@ def check_actions(actions: FloatArray, spec: EnvironmentSpec) -> FloatArray:
     return np.clip(actions, low, high)
 
 
-def stack_frames(frames: list[Mapping[str, ImageArray]], cameras: tuple[Camera, ...]) -> dict[str, ImageArray]:
+def stack_frames(frames: Sequence[Mapping[str, ImageArray]], cameras: tuple[Camera, ...]) -> dict[str, ImageArray]:
     """Frames in time order -> camera -> uint8 (f, height, width, 3); f may be 0."""
     return {
         camera.name: np.stack([frame[camera.name] for frame in frames])
