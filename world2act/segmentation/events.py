@@ -119,7 +119,8 @@ def contact_events(
 ) -> tuple[ContactEvent, ...]:
     """The contacts of a width series (F,) in metres, in time order.
 
-    Gaps shorter than min_gap_frames are closed first (a bounce is one contact), then events shorter than min_frames dropped.
+    Gaps shorter than min_gap_frames are closed first (a bounce is one contact), then events with fewer than min_frames frames
+    of contact dropped; closed gaps do not count, so two spikes side by side are no event.
     commanded: optional commanded widths (F,), the second cue. Raises ValueError as `check_widths`.
     """
     w = check_widths(widths, frames)
@@ -130,7 +131,8 @@ def contact_events(
     if starts.size > 1:
         wide = starts[1:] - ends[:-1] >= calibration.min_gap_frames
         starts, ends = starts[np.r_[True, wide]], ends[np.r_[wide, True]]
-    keep = ends - starts >= calibration.min_frames
+    inside = np.concatenate([[0], np.cumsum(mask)])
+    keep = inside[ends] - inside[starts] >= calibration.min_frames
     return tuple(
         ContactEvent(int(a), int(b) if b < w.size else None, float(np.median(w[a:b])), float(w[a:b].min()))
         for a, b in zip(starts[keep], ends[keep], strict=True)
