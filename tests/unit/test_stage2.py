@@ -191,7 +191,7 @@ def test_resume_refuses_other_settings_and_adapters(adapters, tmp_path):
 
 @pytest.mark.parametrize(("preset", "term"), [("default", "decode"), ("paper", "contrastive")])
 def test_learns_targets_that_the_observation_determines(adapters, preset, term):
-    """e_v = E_a(base + a shift within the bound). Only its own loss must fall: InfoNCE alone lowers the cosine here, see METHOD 6."""
+    """e_v = E_a(base + a shift within the bound). Only its own loss must fall: InfoNCE alone can lower the cosine."""
     settings = replace(STAGE2[preset], vision="latent", tasks_per_step=2, episodes_per_step=4)
     settings = replace(settings, optimiser=replace(settings.optimiser, rate=2e-3), latent_noise=0.0, state_noise=0.0)
     plan = replace(settings, plan=Rounds(base=8, perturbed=0, rounds=0, first_steps=60))
