@@ -18,8 +18,8 @@ from services.vla.policies import base
 from services.vla.service import PolicyServicer
 from services.vla.settings import VlaSettings
 from services.vla.versions import Versions
+from services.vla.vision import Vision
 from world2act.models.adapters import Adapters
-from world2act.models.worldmodel import WorldModel
 
 log = structlog.get_logger()
 GRACE_SECONDS = 5.0
@@ -27,13 +27,13 @@ GRACE_SECONDS = 5.0
 
 def load_engine(settings: VlaSettings) -> Engine:
     """Policy, world model and adapters that belong together. Raises FileNotFoundError or ValueError with one clear sentence."""
-    worldmodel = WorldModel.load(settings.weights(settings.vla_worldmodel))
+    vision = Vision(settings.weights(settings.vla_worldmodel))
     adapters_hash = ""
     if settings.vla_adapters:
         adapters = Adapters.load(settings.weights(settings.vla_adapters))
-        adapters.check_worldmodel(worldmodel.hash)
+        adapters.check_worldmodel(vision.hash)
         adapters_hash = adapters.hash
-    return Engine(base.make(settings), worldmodel, adapters_hash, settings.vla_block)
+    return Engine(base.make(settings), vision, adapters_hash, settings.vla_block)
 
 
 def serve(settings: VlaSettings) -> None:

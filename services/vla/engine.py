@@ -9,16 +9,15 @@ import grpc
 import numpy as np
 import numpy.typing as npt
 import structlog
-import torch
 
 from services.runtime.rpc import RpcError
 from services.vla.observations import Observations
 from services.vla.policies.base import BasePolicy, in_blocks
 from services.vla.versions import Residual
+from services.vla.vision import Vision
 from world2act.bundle import Bundle, Origin
 from world2act.models.store import WeightsError
-from world2act.models.worldmodel import WorldModel
-from world2act.types import FloatArray, ImageArray
+from world2act.types import FloatArray
 
 log = structlog.get_logger()
 
@@ -47,10 +46,8 @@ class Chunks:
 class Engine:
     """Stateless after construction; `compute` is called by one thread, `check` by any."""
 
-    def __init__(self, policy: BasePolicy, worldmodel: WorldModel, adapters_hash: str, block: int) -> None:
-        self.policy, self.block, self.adapters_hash = policy, block, adapters_hash
-        self.worldmodel_hash = worldmodel.hash
-        self._vae = worldmodel.vae  # the transformer is not needed here
+    def __init__(self, policy: BasePolicy, vision: Vision, adapters_hash: str, block: int) -> None:
+        self.policy, self.vision, self.adapters_hash, self.block = policy, vision, adapters_hash, block
 
     def compute(self, jobs: Sequence[ActJob]) -> list[Chunks | Exception]:
         """One batch. A residual that fails spoils only the requests that asked for it."""
@@ -82,15 +79,10 @@ class Engine:
 
     def _latents(self, rows: Observations, places: Sequence[npt.NDArray[np.int64]]) -> FloatArray:
         """VAE latents (B, C, h, w), computed for the rows in `places` and zero elsewhere."""
-        latents = np.zeros((len(rows), *self._vae.config.latent_shape), np.float32)
+        latents = np.zeros((len(rows), *self.vision.shape), np.float32)
         if places:
             where = np.concatenate(places)
-            latents[where] = in_blocks(self._encode, self.block, rows.grids[where])
-        return latents
-
-    def _encode(self, grids: ImageArray) -> FloatArray:
-        with torch.inference_mode():
-            latents: FloatArray = self._vae.encode(torch.from_numpy(grids)[:, None])[:, 0].numpy()
+            latents[where] = in_blocks(self.vision.encode, self.block, rows.grids[where])
         return latents
 
     def check(self, content: bytes, version: int, uri: str) -> Residual:
@@ -100,7 +92,7 @@ class Engine:
         """
         spec = self.policy.spec
         adapters = self.adapters_hash or Bundle.from_bytes(content, uri).origin.adapters  # empty: any
-        bundle = Bundle.from_bytes(content, uri, Origin(spec.hash, self.worldmodel_hash, adapters))
+        bundle = Bundle.from_bytes(content, uri, Origin(spec.hash, self.vision.hash, adapters))
         if (bundle.layout.low, bundle.layout.high) != (spec.low, spec.high):
             raise WeightsError(
                 f"{uri}: the residual's action limits are {bundle.layout.low} to {bundle.layout.high}, "
@@ -117,7 +109,7 @@ class Engine:
         states = np.zeros((rows, spec.state_size), np.float32)
         base = np.zeros((rows, spec.chunk, spec.action_size), np.float32)
         try:
-            both = residual.combine(self._encode(grids) if residual.latents else grids, states, base, ["probe"] * rows)
+            both = residual.combine(self.vision.encode(grids) if residual.latents else grids, states, base, ["probe"] * rows)
         except (RuntimeError, ValueError, IndexError) as error:
             reason = str(error).splitlines()[0]
             raise WeightsError(f"{residual.uri}: the residual cannot run on this policy's observations ({reason})") from None

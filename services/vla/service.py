@@ -67,7 +67,7 @@ class PolicyServicer(policy_pb2_grpc.PolicyServicer):
         return policy_pb2.PolicyDescribeReply(
             policy=spec.name,
             base_hash=spec.hash,
-            worldmodel_hash=self.engine.worldmodel_hash,
+            worldmodel_hash=self.engine.vision.hash,
             adapters_hash=self.engine.adapters_hash,
             cameras=list(spec.cameras),
             image_height=spec.height,

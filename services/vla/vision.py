@@ -1,0 +1,37 @@
+"""What a residual sees: the current frame's latent, from the VAE inside the world model's weights file.
+
+Only the VAE is built. The transformer beside it needs diffusers, whose import takes longer than everything else at start.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from world2act.models import store
+from world2act.models.vae import VAEConfig, VideoVAE
+from world2act.types import FloatArray, ImageArray
+
+
+class Vision:
+    """hash: sha256 of the world model's weights file, which is `WorldModel.hash`; shape: (C, h, w) of a latent."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises FileNotFoundError, or WeightsError when the file holds no world model or its VAE does not fit."""
+        tensors, metadata, self.hash = store.read(path, "worldmodel")
+        try:
+            values = metadata["config"]["vae"]
+            self._vae = VideoVAE(VAEConfig(**{**values, "widths": tuple(values["widths"])}))
+            self._vae.load_state_dict({k.removeprefix("vae."): v for k, v in tensors.items() if k.startswith("vae.")})
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise store.WeightsError(f"{path}: weights and configuration of the VAE do not fit ({reason})") from None
+        self._vae.eval().requires_grad_(False)
+        self.shape = self._vae.config.latent_shape
+
+    def encode(self, grids: ImageArray) -> FloatArray:
+        """Camera grids uint8 (B, H, W, 3) -> latents float32 (B, C, h, w), as `WorldModel.encode` of one frame each."""
+        with torch.inference_mode():
+            latents: FloatArray = self._vae.encode(torch.from_numpy(grids)[:, None])[:, 0].numpy()
+        return latents
