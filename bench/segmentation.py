@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import h5py
 import numpy as np
+import numpy.typing as npt
 
 from services.segmenter.episodes import read_widths
 from world2act.segmentation import OnlineSkill, RuleBasedPlanner, contact_events, default_planner, load_schemas, segment_series
@@ -21,7 +22,7 @@ FRAMES = 81
 HAND = load_schemas().calibration("metaworld")
 
 
-def widths(episodes: int) -> list[np.ndarray]:
+def widths(episodes: int) -> list[npt.NDArray[np.float64]]:
     """Noisy pick-and-place series (FRAMES,) in metres."""
     rng = np.random.default_rng(0)
     made = []
@@ -31,7 +32,7 @@ def widths(episodes: int) -> list[np.ndarray]:
     return made
 
 
-def loop_events(w: np.ndarray) -> list[tuple[int, int]]:
+def loop_events(w: npt.NDArray[np.float64]) -> list[tuple[int, int]]:
     """Hysteresis frame by frame, the obvious way: what the vectorised events are compared with."""
     found, start, contact = [], 0, False
     for t, value in enumerate(w):
@@ -55,7 +56,7 @@ def rate(work: Callable[[], int], seconds: float = 0.5) -> float:
     return best
 
 
-def demonstration_file(series: list[np.ndarray]) -> bytes:
+def demonstration_file(series: list[npt.NDArray[np.float64]]) -> bytes:
     """A demonstration file of widths only."""
     buffer = io.BytesIO()
     with h5py.File(buffer, "w") as file:

@@ -126,17 +126,22 @@ def contact_events(
     w = check_widths(widths, frames)
     command = None if commanded is None else check_widths(commanded, w.size, "commanded_width_m")
     mask = contact_mask(w, calibration, command)
-    edges = np.flatnonzero(np.diff(mask, prepend=False, append=False))
+    padded = np.zeros(w.size + 2, np.bool_)
+    padded[1:-1] = mask
+    edges = np.flatnonzero(padded[1:] != padded[:-1])
+    if edges.size == 0:
+        return ()
     starts, ends = edges[0::2], edges[1::2]
     if starts.size > 1:
         wide = starts[1:] - ends[:-1] >= calibration.min_gap_frames
         starts, ends = starts[np.r_[True, wide]], ends[np.r_[wide, True]]
-    inside = np.concatenate([[0], np.cumsum(mask)])
-    keep = inside[ends] - inside[starts] >= calibration.min_frames
-    return tuple(
-        ContactEvent(int(a), int(b) if b < w.size else None, float(np.median(w[a:b])), float(w[a:b].min()))
-        for a, b in zip(starts[keep], ends[keep], strict=True)
-    )
+    found = []
+    for a, b in zip(starts.tolist(), ends.tolist(), strict=True):
+        if np.count_nonzero(mask[a:b]) >= calibration.min_frames:
+            held = np.sort(w[a:b])
+            median = (held[(b - a) // 2] + held[(b - a - 1) // 2]) / 2
+            found.append(ContactEvent(a, b if b < w.size else None, float(median), float(held[0])))
+    return tuple(found)
 
 
 def as_json(events: Sequence[ContactEvent]) -> list[dict[str, float | int | None]]:
