@@ -1,0 +1,247 @@
+"""`world2act`: one command. It talks to the gateway, and starts services and trainings as processes; it imports none of them.
+
+Errors are one line and exit code 2.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from pydantic import ValidationError
+from rich.console import Console
+from tyro.conf import Positional, arg
+
+from services.cli.client import CliError, Gateway
+from services.cli.settings import CliSettings
+
+MODULES = {
+    "demos": "services.simulator.collect",
+    "train-worldmodel": "world2act.worldmodel_training",
+    "train-base": "world2act.behaviour_cloning",
+    "stage1": "world2act.stage1",
+}
+"""Commands that run another program of the project with the arguments that follow; each has its own --help."""
+
+Split = Literal["base", "worldmodel", "validation", "posttrain", "tuning", "evaluation"]
+Wait = Annotated[bool, arg(help="wait for the end and show the result; else print the job's id")]
+console = Console()
+
+
+def up(detach: bool = False) -> None:
+    """Start all services; they run until Ctrl-C, or with --detach in the background."""
+    from services.cli import processes
+
+    processes.up(CliSettings.load(), console, detach)
+
+
+def down() -> None:
+    """Stop the services of this run folder."""
+    from services.cli import processes
+
+    processes.down(CliSettings.load(), console)
+
+
+def status() -> None:
+    """Show processes, health, heartbeat ages and queue backlogs."""
+    from services.cli import processes
+
+    processes.status(CliSettings.load(), console)
+
+
+def segment(instruction: Positional[str | None] = None, file: Path | None = None, demo: str | None = None) -> None:
+    """Cut an instruction, or the demonstrations of an HDF5 file, into skills."""
+    from services.cli import work
+
+    with Gateway(CliSettings.load()) as gateway:
+        work.show_segments(work.segment(gateway, console, instruction, file, demo), console)
+
+
+def _job(kind: str, body: dict[str, Any], wait: bool) -> None:
+    from services.cli import work
+
+    with Gateway(CliSettings.load()) as gateway:
+        work.run_job(gateway, console, kind, body, wait)
+
+
+def imagine(
+    task: Positional[str],
+    index: int = 0,
+    split: Split = "posttrain",
+    instruction: str | None = None,
+    seed: int = 0,
+    video: bool = True,
+    wait: Wait = True,
+) -> None:
+    """Imagine a task, skill by skill, from an initial state."""
+    body = {"task": task, "index": index, "split": split, "instruction": instruction, "seed": seed, "video": video}
+    _job("imagine", body, wait)
+
+
+def rollout(
+    task: Positional[str],
+    indices: tuple[int, ...] = (0,),
+    split: Split = "posttrain",
+    mode: Literal["imagine", "execute", "both"] = "both",
+    namespace: str = "default",
+    version: int = -1,
+    seed: int = 0,
+    video: bool = True,
+    wait: Wait = True,
+) -> None:
+    """Imagine and execute a task from initial states. Version 0 is the base policy alone, -1 the newest."""
+    body = {"task": task, "indices": list(indices), "split": split, "mode": mode, "namespace": namespace, "version": version}
+    _job("rollout", body | {"seed": seed, "video": video}, wait)
+
+
+def posttrain(
+    tasks: Positional[tuple[str, ...]],
+    preset: Literal["default", "paper"] = "default",
+    mode: Literal["serial", "synchronous", "asynchronous"] = "asynchronous",
+    eta: int | None = None,
+    rounds: int | None = None,
+    episodes: int | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+    namespace: str | None = None,
+    watch: bool = False,
+) -> None:
+    """Post-train the base policy on tasks, without rewards. What is left out comes from the preset."""
+    body: dict[str, Any] = {"tasks": list(tasks), "preset": preset, "mode": mode, "eta": eta, "rounds": rounds}
+    _job("posttrain", body | {"episodes": episodes, "steps": steps, "seed": seed, "namespace": namespace}, watch)
+
+
+def evaluate(
+    tasks: Positional[tuple[str, ...]],
+    episodes: int = 20,
+    first_index: int = 0,
+    namespace: str = "default",
+    version: int = -1,
+    split: Literal["evaluation", "tuning"] = "evaluation",
+    wait: Wait = True,
+) -> None:
+    """Success of base and post-trained policy on the same held-out initial states."""
+    body = {"tasks": list(tasks), "episodes": episodes, "first_index": first_index, "namespace": namespace, "version": version}
+    _job("evaluate", body | {"split": split}, wait)
+
+
+def watch(job: Positional[str]) -> None:
+    """Follow a job to its end and show its result."""
+    from services.cli import work
+
+    with Gateway(CliSettings.load()) as gateway:
+        kind = gateway.call("GET", f"/jobs/{job}")["kind"]
+        work.finish(gateway, console, kind, job)
+
+
+def cancel(job: Positional[str]) -> None:
+    """Stop a job."""
+    with Gateway(CliSettings.load()) as gateway:
+        console.print(f"job {job}: {gateway.call('DELETE', f'/jobs/{job}')['status']}")
+
+
+def export(namespace: Positional[str], version: int = -1, out: Path = Path("residual.safetensors")) -> None:
+    """Write a published residual bundle to a file. The namespace is the post-training job's id; -1 is its newest version."""
+    from services.cli import work
+
+    with Gateway(CliSettings.load()) as gateway:
+        work.export(gateway, console, namespace, version, out)
+
+
+def report(record: Path | None = None, out: Path = Path("report.html")) -> None:
+    """Draw report.html again from the record of the last `world2act demo`."""
+    from services.runtime.artifacts import ArtifactStore
+
+    settings = CliSettings.load()
+    record = record or Path(settings.run_dir) / "record.json"
+    if not record.is_file():
+        raise CliError(f"record: {record} is not there; world2act demo writes it")
+    importlib.import_module("services.cli.report").write(record, out, ArtifactStore(settings.artifacts_url).get)
+    console.print(f"{out} written")
+
+
+def demo() -> None:
+    """The main job, live: segment, imagine, roll out, post-train, evaluate, report."""
+    code = importlib.import_module("services.cli.demo").run(CliSettings.load())
+    if code:
+        raise SystemExit(code)
+
+
+def _module(name: str) -> Callable[[], None]:
+    def command() -> None:
+        raise AssertionError("dispatched before")
+
+    command.__doc__ = {
+        "demos": "Collect demonstrations with the scripted experts. Own options: world2act demos --help.",
+        "train-worldmodel": "Train video VAE and world model on skill clips. Own options: world2act train-worldmodel --help.",
+        "train-base": "Train the base policy by behaviour cloning. Own options: world2act train-base --help.",
+        "stage1": "Train the adapters (Stage 1). Own options: world2act stage1 --help.",
+    }[name]
+    return command
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "up": up,
+    "down": down,
+    "status": status,
+    "demos": _module("demos"),
+    "segment": segment,
+    "imagine": imagine,
+    "rollout": rollout,
+    "train-worldmodel": _module("train-worldmodel"),
+    "train-base": _module("train-base"),
+    "stage1": _module("stage1"),
+    "posttrain": posttrain,
+    "evaluate": evaluate,
+    "watch": watch,
+    "cancel": cancel,
+    "report": report,
+    "export": export,
+    "demo": demo,
+}
+
+
+def run_module(module: str, arguments: list[str]) -> int:
+    """Another program of the project as a process of its own; its exit status."""
+    process = subprocess.Popen([sys.executable, "-m", module, *arguments])
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            continue  # the terminal sent it to the child too: it ends in its own way
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Console entry; the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] in MODULES:
+        return run_module(MODULES[arguments[0]], arguments[1:])
+    try:
+        about = "Post-train a robot policy in the imagination of a world model."
+        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="world2act", args=arguments, description=about)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        name = "_".join(str(p) for p in first["loc"])
+        return _complain(f"W2A_{name.upper()}: {first['msg']}")
+    except (CliError, ValueError, OSError, RuntimeError) as error:
+        return _complain(str(error))
+    except KeyboardInterrupt:
+        return _complain("interrupted")
+    return 0
+
+
+def _complain(text: str) -> int:
+    if os.environ.get("W2A_LOG_LEVEL", "").upper() == "DEBUG":
+        Console(stderr=True).print_exception()
+    print(f"error: {' '.join(text.split())}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

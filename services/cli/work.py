@@ -1,0 +1,161 @@
+"""The commands that ask the gateway for work, and how their results look in a terminal."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from services.cli.client import CliError, Gateway
+
+Result = dict[str, Any]
+
+
+def segment(gateway: Gateway, console: Console, instruction: str | None, file: Path | None, demo: str | None) -> Result:
+    """Skills of an instruction, or of an uploaded episode file; waits for a slow one."""
+    if (instruction is None) == (file is None):
+        raise CliError("segment: give an instruction, or --file")
+    if file is None:
+        found = gateway.call("POST", "/segment", json={"instruction": instruction})
+    else:
+        try:
+            with file.open("rb") as f:
+                form = {"demo": demo} if demo else {}
+                found = gateway.call("POST", "/segment", files={"file": (file.name, f)}, data=form)
+        except OSError as error:
+            raise CliError(f"{file}: {error.strerror}") from None
+    if "events" in found and "job" in found:
+        found = gateway.follow(found["id"], console, "segment")["result"]
+    return dict(found)
+
+
+def show_segments(result: Result, console: Console) -> None:
+    """Prompts, or a row for each episode."""
+    if result.get("skills"):
+        console.print("; ".join(result["skills"]))
+    if not result.get("episodes"):
+        return
+    table = Table(box=None, pad_edge=False)
+    for name in ("episode", "instruction", "skills (frames)", "verdict"):
+        table.add_column(name)
+    for e in result["episodes"]:
+        skills = "; ".join(f"{s['prompt']} ({s['start']}-{s['end']})" for s in e["skills"])
+        verdict = f"discarded: {e['discarded']}" if e["discarded"] else "kept"
+        table.add_row(e["demo"] or "-", e["instruction"], skills or "-", verdict)
+    console.print(table)
+
+
+def show_rollouts(result: Result, console: Console) -> None:
+    """One row for each initial state."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("initial state", "skills", "outcome", "imagined video", "executed video"):
+        table.add_column(name, overflow="fold")
+    for r in result.get("rollouts", [result]):
+        outcome = "-" if "success" not in r else f"{'success' if r['success'] else 'no success'}, {r['chunks']} chunks"
+        skills = "; ".join(r.get("skills", [])) or "-"
+        table.add_row(str(r.get("index")), skills, outcome, _url(r.get("imagined_video")), _url(r.get("executed_video")))
+    console.print(table)
+
+
+def _url(artifact: str | None) -> str:
+    return f"/artifacts/{artifact}" if artifact else "-"
+
+
+def rate(cell: dict[str, Any]) -> str:
+    """A success rate with its Wilson 95 % interval."""
+    return f"{cell['rate']:.3f} [{cell['low']:.3f}, {cell['high']:.3f}]"
+
+
+def show_evaluation(result: Result, console: Console) -> None:
+    """A table for each comparison with the reference policy, or the rates alone where there is but one policy."""
+    for comparison in result.get("comparisons", []):
+        title = f"{comparison['policy']} against {comparison['reference']}, {result['split']} split"
+        table = Table(title=title, title_justify="left")
+        for name in ("task", "n", "base", "post-trained", "gained", "lost", "McNemar p"):
+            table.add_column(name, justify="left" if name == "task" else "right")
+        for row in comparison["rows"]:
+            test = row["mcnemar"]
+            cells = (str(row["episodes"]), rate(row["base"]), rate(row["post-trained"]))
+            table.add_row(row["task"], *cells, f"+{test['gained']}", f"-{test['lost']}", f"{test['p']:.2g}")
+        console.print(table)
+    if not result.get("comparisons"):
+        for policy in result.get("policies", []):
+            for task, cell in {**policy["tasks"], "all": policy["all"]}.items():
+                console.print(f"{policy['name']}  {task}  {rate(cell)}")
+
+
+def show_posttrain(result: Result, console: Console) -> None:
+    """Rounds, and how far the parts overlapped."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("round", "version", "trajectories", "updates", "loss", "cosine"):
+        table.add_column(name, justify="right")
+    for r in result.get("rounds", []):
+        cells = [str(r.get(name, "-")) for name in ("round", "version", "trajectories", "updates")]
+        table.add_row(*cells, f"{r.get('loss', float('nan')):.4f}", f"{r.get('cosine', float('nan')):.4f}")
+    console.print(table)
+    seconds = result.get("seconds", {})
+    parts = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items() if name != "wall")
+    if seconds:
+        console.print(
+            f"{parts}; wall {seconds['wall']:.1f} s; the parts add up to {result.get('overlap', 0):.2f} times the wall time"
+        )
+    console.print(f"policies: namespace {result.get('namespace')}, newest version {result.get('version')}")
+
+
+def show_json(result: Result, console: Console) -> None:
+    """Anything else, without long lists."""
+    console.print_json(json.dumps({k: v for k, v in result.items() if not (isinstance(v, list) and len(v) > 20)}))
+
+
+SHOW = {
+    "segment": show_segments,
+    "rollout": show_rollouts,
+    "imagine": show_rollouts,
+    "evaluate": show_evaluation,
+    "posttrain": show_posttrain,
+}
+
+
+def round_line(console: Console) -> Any:
+    """Prints a line for each finished round of a post-training job while its progress bar runs."""
+
+    def heard(name: str, data: dict[str, Any]) -> None:
+        if name == "round":
+            loss, cosine = data.get("loss", 0.0), data.get("cosine", 0.0)
+            line = f"round {data.get('round')}: version {data.get('version')}, {data.get('trajectories')} trajectories"
+            console.print(f"{line}, loss {loss:.4f}, cosine {cosine:.4f}")
+
+    return heard
+
+
+def run_job(gateway: Gateway, console: Console, kind: str, body: dict[str, Any], wait: bool) -> Result | None:
+    """Submit, follow, show. Without `wait` only the job's id is printed."""
+    job = gateway.submit(f"/{kind}", body)
+    if not wait:
+        console.print(f"job {job}: world2act watch {job}")
+        return None
+    return finish(gateway, console, kind, job)
+
+
+def finish(gateway: Gateway, console: Console, kind: str, job: str) -> Result:
+    """Follow a job to its end and show its result."""
+    ended = gateway.follow(job, console, f"{kind} {job}", round_line(console))
+    result = dict(ended.get("result") or {})
+    SHOW.get(kind, show_json)(result, console)
+    return result
+
+
+def export(gateway: Gateway, console: Console, namespace: str, version: int, out: Path) -> Path:
+    """Write the residual bundle of a published version to a file."""
+    versions = {v["version"]: v for v in gateway.call("GET", f"/policies/{namespace}")}
+    if not versions:
+        raise CliError(f"namespace: {namespace!r} has no published version")
+    wanted = max(versions) if version < 0 else version
+    if wanted not in versions:
+        raise CliError(f"version: {wanted} of {namespace!r} is not published; there are {', '.join(map(str, sorted(versions)))}")
+    size = gateway.download(versions[wanted]["artifact"], out)
+    console.print(f"{out}: version {wanted} of {namespace}, {size / 1024:.0f} KiB")
+    return out
