@@ -30,6 +30,9 @@ from world2act.types import Episode, ImageArray
 MAX_WIDTH = 0.5
 """Metres. A wider gripper means that the file's widths are in another unit, most likely millimetres."""
 
+MAX_DATASET_BYTES = 2**30
+"""Decompressed size of one array. A small file can declare a huge one; files come from uploads, too."""
+
 ENV_ARGS = ("env_name", "simulator", "control_hz", "chunk", "cameras", "gripper_open_width", "gripper_width_index")
 IMAGE_SUFFIX = "_image"
 
@@ -161,7 +164,7 @@ def read_episodes(path: Path, *, allowed: Collection[Split]) -> Iterator[Episode
         split = str(_attr(file["data"], "split", path))
         splits.require([split], allowed, path.name)
         for name in _demos(file, path):
-            yield _read_demo(file[f"data/{name}"], split, env_args, path)
+            yield _read_demo(_item(file, f"data/{name}", h5py.Group, path), split, env_args, path)
 
 
 def read_root(root: Path, *, allowed: Collection[Split], tasks: Collection[str] | None = None) -> Iterator[Episode]:
@@ -200,9 +203,7 @@ def _open_partial(path: Path, resume: bool) -> h5py.File:
 
 
 def _env_args(file: h5py.File, path: Path) -> dict[str, Any]:
-    if "data" not in file:
-        raise FormatError(f"{path.name}: group /data is missing")
-    text = _attr(file["data"], "env_args", path)
+    text = _attr(_item(file, "data", h5py.Group, path), "env_args", path)
     try:
         args = json.loads(text)
     except (TypeError, ValueError) as error:
@@ -210,14 +211,17 @@ def _env_args(file: h5py.File, path: Path) -> dict[str, Any]:
     missing = [key for key in ENV_ARGS if key not in args] if isinstance(args, dict) else list(ENV_ARGS)
     if missing:
         raise FormatError(f"{path.name}: /data: env_args lacks {', '.join(missing)}")
+    if not isinstance(args["cameras"], dict) or not args["cameras"]:
+        raise FormatError(f"{path.name}: /data: env_args.cameras must map camera names to cells of the grid")
+    if not isinstance(args["chunk"], int) or args["chunk"] < 1:
+        raise FormatError(f"{path.name}: /data: env_args.chunk must be a positive integer, got {str(args['chunk'])[:40]}")
     return dict(args)
 
 
 def _demos(file: h5py.File, path: Path) -> list[str]:
-    if "data" not in file:
-        raise FormatError(f"{path.name}: group /data is missing")
+    data = _item(file, "data", h5py.Group, path)
     try:
-        return sorted((n for n in file["data"] if n.startswith("demo_")), key=lambda n: int(n.removeprefix("demo_")))
+        return sorted((n for n in data if n.startswith("demo_")), key=lambda n: int(n.removeprefix("demo_")))
     except ValueError as error:
         raise FormatError(f"{path.name}: /data: demonstrations must be named demo_<number>") from error
 
@@ -229,13 +233,30 @@ def _attr(item: h5py.Group, name: str, path: Path) -> Any:
     return value.decode() if isinstance(value, bytes) else value
 
 
+def _item(group: h5py.Group, key: str, kind: type, path: Path) -> Any:
+    """The group or dataset at `key`, which must lie in this very file: links can lead anywhere on the machine."""
+    item = group
+    for part in key.split("/"):
+        link = item.get(part, getlink=True) if isinstance(item, h5py.Group) else None
+        if link is not None and not isinstance(link, h5py.HardLink):
+            raise FormatError(f"{path.name}: {group.name}: {key} is a link; the data must be in the file itself")
+        item = item[part] if link is not None else None
+    if not isinstance(item, kind):
+        name = "group /data" if key == "data" else f"{group.name}: {'dataset' if kind is h5py.Dataset else 'group'} {key}"
+        raise FormatError(f"{path.name}: {name} is missing")
+    return item
+
+
 def _array(group: h5py.Group, key: str, dtype: type, path: Path) -> npt.NDArray[Any]:
-    if key not in group or not isinstance(group[key], h5py.Dataset):
-        raise FormatError(f"{path.name}: {group.name}: dataset {key} is missing")
-    if group[key].dtype != dtype:
-        raise FormatError(f"{path.name}: {group.name}/{key}: dtype must be {np.dtype(dtype).name}, got {group[key].dtype}")
+    dataset = _item(group, key, h5py.Dataset, path)
+    if dataset.external or dataset.is_virtual:
+        raise FormatError(f"{path.name}: {group.name}/{key}: is stored in another file; the data must be in the file itself")
+    if dataset.dtype != dtype:
+        raise FormatError(f"{path.name}: {group.name}/{key}: dtype must be {np.dtype(dtype).name}, got {dataset.dtype}")
+    if dataset.nbytes > MAX_DATASET_BYTES:
+        raise FormatError(f"{path.name}: {group.name}/{key}: {dataset.nbytes} bytes, the limit is {MAX_DATASET_BYTES}")
     try:
-        return np.asarray(group[key][()])
+        return np.asarray(dataset[()])
     except OSError as error:
         raise FormatError(f"{path.name}: {group.name}/{key}: cannot be read; the file is truncated or damaged") from error
 
