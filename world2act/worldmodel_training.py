@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from world2act import splits, worldmodel_metrics
 from world2act.console import Progress, no_progress, progress_display
@@ -29,6 +30,9 @@ from world2act.models.vae import SEEN, VideoVAE, to_float
 from world2act.models.worldmodel import WorldModel, WorldModelConfig
 from world2act.optimisation import Precision, autocast, warm_cosine
 from world2act.splits import Split
+
+FUSED_FROM = 6
+"""Latents ahead from which fused attention is the faster one."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +55,13 @@ class TransformerSettings:
     """Every step trains on `short_batch` clips of `short_horizon` latents or, with chance `long_share`, on `long_batch` clips
     of up to `long_horizon` latents. text_dropout: prompts replaced by '', so that guidance can be used."""
 
-    steps: int = 2500
-    short_batch: int = 48
+    steps: int = 2400
+    short_batch: int = 32
     short_horizon: int = 2
-    long_batch: int = 10
+    long_batch: int = 6
     long_horizon: int = 14
-    long_share: float = 0.25
-    rate: float = 1.5e-3
+    long_share: float = 0.2
+    rate: float = 2e-3
     weight_decay: float = 1e-2
     text_dropout: float = 0.1
     latent_stride: int = 2
@@ -220,7 +224,9 @@ def _loss(
     dropped = torch.rand(size, generator=generator) < text_dropout
     prompts = ["" if drop else prompt for prompt, drop in zip(batch.prompts, dropped.tolist(), strict=True)]
     at = t[:, None, None, None, None]
-    with autocast(precision):
+    # Under bfloat16 torch's fused CPU attention is slow backwards for short sequences: half of a step.
+    kernel = SDPBackend.MATH if horizon < FUSED_FROM else SDPBackend.FLASH_ATTENTION
+    with autocast(precision), sdpa_kernel(kernel):
         v = model.velocity((1 - at) * x0 + at * x1, batch.start, prompts, t).float()
     errors = (v - (x1 - x0))[:, 1:].square().mean(dim=(2, 3, 4))
     return (errors * batch.mask).sum() / batch.mask.sum().clamp(min=1)
@@ -247,6 +253,7 @@ def train_worldmodel(settings: Settings, progress: Progress = no_progress) -> Wo
         model.vae.load_state_dict(WorldModel.load(settings.vae_from).vae.state_dict())
     else:
         metrics |= train_vae(model.vae, cut.episodes, settings.vae, settings.seed, settings.precision, progress)
+        model.save(settings.out.with_suffix(".vae.safetensors"), {"part": "VAE trained, transformer not: go on with --vae-from"})
     lap("vae")
     model.vae.eval().requires_grad_(False)
     bank = LatentBank(model.vae, cut.episodes, settings.transformer.latent_stride, progress)

@@ -30,12 +30,12 @@ class WorldModelConfig:
 
     vae: VAEConfig = field(default_factory=VAEConfig)
     heads: int = 4
-    head_width: int = 36
-    layers: int = 5
+    head_width: int = 32
+    layers: int = 4
     mlp_ratio: float = 3.0
     text_width: int = 64
     adaln_width: int = 32
-    max_horizon: int = 24
+    max_horizon: int = 16
     noise_scale: float = 0.0
 
 

@@ -1,0 +1,106 @@
+"""Skill clips and the latent bank, on episodes whose right answer is known: frame t is everywhere t, action t is t."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from world2act.data import clips
+from world2act.data.clips import CutEpisode, LatentBank, cut_clips, median_first_frames, read_cut
+from world2act.segmentation import Segmentation
+from world2act.splits import LeakageError, Split
+from world2act.types import Episode, Skill
+
+
+class LastFrameVAE:
+    """A stand-in whose latent is the grey level of the last and of the first frame that it sees."""
+
+    config = SimpleNamespace(latent_shape=(2, 1, 1))
+
+    def moments(self, windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        level = ((windows + 1.0) * 127.5).mean(dim=(2, 3, 4))
+        return torch.stack([level[:, -1], level[:, 0]], dim=1)[..., None, None], torch.zeros(len(windows), 2, 1, 1)
+
+    def normalise(self, z: torch.Tensor) -> torch.Tensor:
+        return z
+
+
+def cut_episode(length: int, skills: tuple[Skill, ...], first: int = 0) -> CutEpisode:
+    frames = np.broadcast_to(np.arange(first, first + length + 1, dtype=np.uint8)[:, None, None, None], (length + 1, 8, 16, 3))
+    actions = np.broadcast_to(np.arange(first, first + length, dtype=np.float32)[:, None], (length, 4))
+    return CutEpisode("push", "worldmodel", 0, False, frames.copy(), actions.copy(), skills)
+
+
+TWO_SKILLS = (Skill("grasp the puck", 0, 8), Skill("push the puck", 8, 20))
+
+
+@pytest.mark.parametrize("start", [21, 22, 25, 30, 37])
+def test_latent_k_pairs_with_chunk_k_minus_1(start: int) -> None:
+    """Second episode (flat frames 21 ..): target k-1 must end at frame s+4k, begin at s+4k-4, and carry the actions between."""
+    bank = LatentBank(LastFrameVAE(), [cut_episode(20, (Skill("one", 0, 20),), 100), cut_episode(20, TWO_SKILLS, 50)])
+    local = start - 21
+    end = 8 if local < 8 else 20
+    batch = bank.batch(torch.tensor([start]), 3)
+    assert batch.start[0].flatten().tolist() == [50 + local, 50 + local]
+    assert batch.mask[0].tolist() == [local + 4 * k <= end for k in (1, 2, 3)]
+    assert batch.prompts == [("grasp the puck" if local < 8 else "push the puck")]
+    for k in (1, 2, 3):
+        if batch.mask[0, k - 1]:
+            assert batch.target[0, k - 1].flatten().tolist() == [50 + local + 4 * k, 50 + local + 4 * k - 4]
+            assert batch.chunks[0, k - 1, :, 0].tolist() == [50 + local + 4 * (k - 1) + i for i in range(4)]
+        else:
+            assert not batch.target[0, k - 1].any() and not batch.chunks[0, k - 1].any()
+
+
+def test_clips_start_only_where_a_whole_chunk_of_the_skill_follows() -> None:
+    bank = LatentBank(LastFrameVAE(), [cut_episode(20, TWO_SKILLS)])
+    assert bank.starts.tolist() == [0, 1, 2, 3, 4, *range(8, 17)]
+    assert bank.batch(bank.starts, 1).mask.all()
+    strided = LatentBank(LastFrameVAE(), [cut_episode(20, TWO_SKILLS)], stride=2)
+    assert strided.starts.tolist() == [0, 2, 4, 8, 10, 12, 14, 16]
+    whole, part = bank.batch(strided.starts, 3), strided.batch(strided.starts, 3)
+    assert torch.equal(whole.target, part.target) and torch.equal(whole.start, part.start)
+
+
+def test_an_empty_bank_is_refused() -> None:
+    with pytest.raises(ValueError, match="episodes: none"):
+        LatentBank(LastFrameVAE(), [])
+
+
+def episode(split: str = "worldmodel") -> Episode:
+    images = {name: np.full((13, 64, 64, 3), value, np.uint8) for name, value in (("primary", 10), ("wrist", 20))}
+    actions = np.arange(48, dtype=np.float32).reshape(12, 4)
+    states, widths = np.zeros((13, 4), np.float32), np.full(13, 0.08, np.float32)
+    return Episode("reach", split, 3, "reach the green goal", images, states, widths, actions, True)
+
+
+def test_cut_clips_takes_frames_and_actions_by_the_same_indices() -> None:
+    e = episode()
+    e.images["primary"][:] = np.arange(13, dtype=np.uint8)[:, None, None, None]
+    first, second = cut_clips(e, Segmentation((Skill("a", 0, 4), Skill("b", 4, 12)), None, (), ()))
+    assert first.frames.shape == (5, 128, 128, 3) and second.frames.shape == (9, 128, 128, 3)
+    assert second.frames[:, 0, 0, 0].tolist() == list(range(4, 13)) and second.frames[0, 0, 64, 0] == 20
+    assert second.actions.reshape(8, 4).tolist() == e.actions[4:12].tolist()
+    assert (second.prompt, second.split, second.index, second.mask.tolist()) == ("b", "worldmodel", 3, [True, True])
+    assert cut_clips(e, Segmentation((), "too short", (), ())) == []
+
+
+def test_read_cut_refuses_other_splits_and_counts_discards(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [episode(), replace(episode(), actions=np.zeros((3, 4), np.float32), widths=np.full(4, 0.08, np.float32))]
+    monkeypatch.setattr(clips.robomimic, "read_root", lambda *_args, **_kwargs: iter(found))
+    cut = read_cut(Path("demos"), [Split.WORLDMODEL], 64)
+    assert len(cut.episodes) == 1 and cut.discarded == 1
+    assert cut.episodes[0].frames.shape == (13, 64, 128, 3)
+    assert len(read_cut(Path("demos"), [Split.WORLDMODEL], 64, limit=0).episodes) == 0
+    with pytest.raises(LeakageError, match="clips"):
+        read_cut(Path("demos"), [Split.VALIDATION], 64)
+
+
+def test_median_first_frames() -> None:
+    levels = [cut_episode(4, (), first) for first in (3, 5, 90)]
+    assert (median_first_frames(levels)["push"] == 5).all()

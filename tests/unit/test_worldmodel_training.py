@@ -1,0 +1,109 @@
+"""The trainings of the embedded models learn on tiny synthetic data and refuse data of other splits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from world2act import worldmodel_metrics
+from world2act.behaviour_cloning import Settings, samples_of, shifted, train
+from world2act.data.clips import CutEpisode, LatentBank
+from world2act.models.tiny_policy import TinyPolicy, TinyPolicyConfig
+from world2act.models.vae import VAEConfig
+from world2act.models.worldmodel import WorldModel, WorldModelConfig
+from world2act.splits import LeakageError
+from world2act.types import Episode, Skill
+from world2act.worldmodel_training import TransformerSettings, VAESettings, _Windows, train_transformer, train_vae
+
+SMALL = WorldModelConfig(vae=VAEConfig(widths=(8, 8, 16)), heads=2, head_width=24, layers=1, text_width=8, adaln_width=8)
+
+
+def moving_block(direction: int, split: str = "worldmodel", index: int = 0) -> CutEpisode:
+    """A bright block that moves two pixels a frame, up or down as the prompt says."""
+    frames = np.full((17, 64, 128, 3), 60, np.uint8)
+    for t in range(17):
+        top = 24 + 2 * direction * (t - 8 * (direction < 0) + 4)
+        frames[t, max(0, top) : top + 16, 24:40] = 250
+    prompt = "go down" if direction > 0 else "go up"
+    return CutEpisode("move", split, index, False, frames, np.full((16, 4), direction, np.float32), (Skill(prompt, 0, 16),))
+
+
+@pytest.fixture(scope="module")
+def trained() -> tuple[WorldModel, LatentBank, list[float]]:
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    model, episodes, errors = WorldModel(SMALL), [moving_block(1), moving_block(-1)], []
+    settings = VAESettings(steps=40, batch=2, normalising_windows=8)
+    train_vae(model.vae, episodes, settings, 0, progress=lambda *a: errors.append(a[3]["error"]))
+    bank = LatentBank(model.vae.requires_grad_(False), episodes)
+    train_transformer(model, bank, TransformerSettings(steps=50, short_batch=4, long_batch=2, long_horizon=4, rate=5e-3), 0)
+    return model, bank, errors
+
+
+def test_vae_learns_and_latents_are_normalised(trained: tuple[WorldModel, LatentBank, list[float]]) -> None:
+    _, bank, errors = trained
+    assert errors[-1] < 0.5 * errors[0]
+    latents = bank.moving[bank.starts].float()
+    assert 0.3 < latents.std() < 3.0 and latents.mean().abs() < 0.5
+
+
+def test_world_model_beats_copying_the_start(trained: tuple[WorldModel, LatentBank, list[float]]) -> None:
+    model, bank, _ = trained
+    errors = worldmodel_metrics.latent_errors(model, bank, rows=16)
+    assert set(errors) == {"error_vs_copy_at_1", "error_vs_copy_at_4"}  # no clip is 8 latents long
+    assert errors["error_vs_copy_at_1"] < 0.8
+
+
+def test_vae_refuses_other_splits() -> None:
+    with pytest.raises(LeakageError, match="train_vae"):
+        train_vae(WorldModel(SMALL).vae, [moving_block(1, "validation")], VAESettings(steps=1), 0)
+
+
+def test_pixels_that_differ_between_scenes_weigh_more() -> None:
+    still = moving_block(1)
+    episodes = [replace(still, frames=np.full_like(still.frames, 60), index=i) for i in range(3)]
+    odd = np.full_like(still.frames, 60)
+    odd[:, 10, 20] = 200  # a goal marker of one pixel, in the primary view
+    episodes.append(replace(still, frames=odd, index=3))
+    windows = _Windows(episodes, VAESettings(), np.random.default_rng(0))
+    seen, weights = windows.draw(32)
+    ratio = weights[:, :, 10, 20] / weights[:, :, 40, 20]
+    marked = (seen[:, 1:, 10, 20] == 200).any(-1, keepdim=True)
+    assert (
+        marked.any() and torch.allclose(ratio[marked], torch.tensor(25.0)) and torch.allclose(ratio[~marked], torch.tensor(1.0))
+    )
+    assert torch.allclose(weights.mean(dim=(1, 2, 3, 4)), torch.ones(32), atol=1e-4)
+
+
+def demonstration(split: str, value: float) -> Episode:
+    images = {name: np.full((9, 64, 64, 3), 255 * (value > 0), np.uint8) for name in ("primary", "wrist")}
+    actions = np.full((8, 4), value, np.float32)
+    return Episode("reach", split, 0, "reach", images, np.zeros((9, 4), np.float32), np.zeros(9, np.float32), actions, True)
+
+
+def test_base_learns_what_it_sees_from_split_base_only() -> None:
+    torch.manual_seed(0)
+    policy = TinyPolicy(TinyPolicyConfig(channels=(4, 4, 4), hidden=16))
+    samples = samples_of([demonstration("base", 0.5), demonstration("base", -0.5)], 64)
+    assert samples.frames.shape == (10, 64, 128, 3) and samples.chunks.shape == (10, 4, 4)
+    train(policy, samples, Settings(demos=Path(), out=Path(), steps=80, batch=8, rate=5e-3))
+    grid = torch.zeros(2, 128, 128, 3, dtype=torch.uint8)
+    grid[0, :64] = 255
+    chunk = policy.act(grid, torch.zeros(2, 4), ["reach", "reach"])
+    assert chunk[0].mean() > 0.3 and chunk[1].mean() < -0.3
+    with pytest.raises(LeakageError, match="behaviour_cloning"):
+        samples_of([demonstration("worldmodel", 0.5)], 64)
+
+
+def test_shift_moves_each_view_by_itself() -> None:
+    views = torch.arange(64 * 128, dtype=torch.float32).reshape(1, 1, 64, 128).expand(8, 3, -1, -1)
+    generator = torch.Generator().manual_seed(0)
+    assert torch.equal(shifted(views, 0, generator), views)
+    moved = shifted(views, 3, generator)
+    offsets = {float(moved[row, 0, 32, column] - views[row, 0, 32, column]) for row in range(8) for column in (32, 96)}
+    assert len(offsets) > 4
+    assert all(abs(offset - 128 * round(offset / 128)) <= 3 and abs(offset) <= 3 * 128 + 3 for offset in offsets)
