@@ -320,7 +320,7 @@ def run(arguments: Arguments, progress: Progress | None = None) -> dict[str, Any
         "seed": seed,
         "settings": asdict(settings),
         "metrics": evaluate(adapters, held_out),
-        "last_loss": history[-1],
+        "history": [{"step": i, **{k: round(v, 5) for k, v in history[i].items()}} for i in range(0, len(history), 20)],
         "seconds": {"latents": round(built - began, 1), "training": round(time.perf_counter() - built, 1)},
     }
     adapters.save(arguments.out, card)

@@ -1,0 +1,179 @@
+"""`world2act demo`: the main job, live, on this machine: segment, imagine and roll out, post-train, evaluate, report.
+
+A client of the gateway like any other; it only also starts and stops the services. Everything it shows is kept in
+`<run_dir>/record.json`, from which `report.html` is drawn.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.rule import Rule
+
+from services.cli import report, work
+from services.cli.client import CliError, Gateway
+from services.cli.processes import bring_up, make_supervisor, stopping_signals
+from services.cli.settings import CliSettings
+from services.cli.supervisor import Supervisor, SupervisorError
+from services.runtime.artifacts import ArtifactStore
+from services.runtime.tensors import unpack_metadata
+
+TASKS = ("reach", "push", "pick-place", "drawer-open", "drawer-close", "button-press", "door-open")
+SHOWN = ("pick-place", "drawer-open", "door-open")
+"""Tasks whose imagined and executed videos the report shows."""
+DEMOS_PER_TASK = 2
+EVALUATION_EPISODES = 15
+POSTTRAIN: dict[str, Any] = {"preset": "default", "mode": "asynchronous", "eta": 1}
+
+
+@dataclass
+class Demo:
+    """One run: its console, the gateway, and the record that grows."""
+
+    settings: CliSettings
+    console: Console
+    gateway: Gateway
+    stop: threading.Event
+    record: dict[str, Any] = field(default_factory=lambda: {"cost": {}})
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """A headed, timed part; the record is saved after it."""
+        if self.stop.is_set():
+            raise KeyboardInterrupt
+        self.console.print(Rule(name, align="left", style="cyan"))
+        started = time.monotonic()
+        yield
+        self.record["cost"][name] = round(time.monotonic() - started, 1)
+        path = Path(self.settings.run_dir) / "record.json"
+        path.write_text(json.dumps(self.record))
+
+    def job(self, kind: str, body: dict[str, Any], label: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Run a job to its end; its result and the events on the way. Ctrl-C cancels it."""
+        job = self.gateway.submit(f"/{kind}", body)
+        events: list[dict[str, Any]] = []
+        say = work.round_line(self.console)
+
+        def heard(name: str, data: dict[str, Any]) -> None:
+            if self.stop.is_set():
+                self.gateway.call("DELETE", f"/jobs/{job}")
+                raise KeyboardInterrupt
+            say(name, data)
+            if name not in ("status", "end"):
+                events.append({"name": name, **data})
+
+        ended = self.gateway.follow(job, self.console, label, heard)
+        return dict(ended["result"]), events
+
+
+def collect(demo: Demo) -> Path:
+    """Demonstrations of scenes that no training has seen, by the scripted experts."""
+    folder = Path(demo.settings.run_dir) / "demos"
+    command = [sys.executable, "-m", "services.simulator.collect", "--out", str(folder), "--split", "validation"]
+    command += ["--episodes", str(DEMOS_PER_TASK), "--workers", "2", "--tasks", *TASKS]
+    if subprocess.run(command, check=False).returncode:
+        raise CliError("the scripted experts could not collect demonstrations; the lines above say why")
+    return folder / "validation"
+
+
+def segment(demo: Demo, folder: Path) -> None:
+    """POST /segment with each file."""
+    episodes = []
+    for task in TASKS:
+        found = work.segment(demo.gateway, demo.console, None, folder / f"{task}.hdf5", None)
+        work.show_segments(found, demo.console)
+        episodes += [{"task": task, **e} for e in found["episodes"]]
+    episodes.sort(key=lambda e: -len(e["skills"]))
+    demo.record["segmentation"] = episodes
+
+
+def roll_out(demo: Demo) -> None:
+    """POST /rollout: imagined and executed by the base policy, from the same initial states."""
+    rollouts: list[dict[str, Any]] = []
+    for task in SHOWN:
+        body = {"task": task, "split": "posttrain", "indices": [0, 1], "mode": "both", "version": 0, "video": True}
+        result, _ = demo.job("rollout", body, f"imagine and execute {task}")
+        work.show_rollouts(result, demo.console)
+        rollouts += result["rollouts"]
+    demo.record["rollouts"] = rollouts
+
+
+def post_train(demo: Demo) -> dict[str, Any]:
+    """POST /posttrain: generation, execution and optimisation at the same time; no reward, no label."""
+    result, events = demo.job("posttrain", {"tasks": list(TASKS), **POSTTRAIN}, "post-train")
+    work.show_posttrain(result, demo.console)
+    demo.record["posttrain"] = {"result": result, "events": events}
+    return result
+
+
+def evaluate(demo: Demo, namespace: str) -> None:
+    """POST /evaluate: base against post-trained on the evaluation split, matched initial states."""
+    body = {"tasks": list(TASKS), "episodes": EVALUATION_EPISODES, "namespace": namespace, "split": "evaluation"}
+    result, _ = demo.job("evaluate", body, "evaluate base and post-trained policy")
+    work.show_evaluation(result, demo.console)
+    demo.record["evaluation"] = {"rows": result["rows"], "split": result["split"]}
+
+
+def run_parts(demo: Demo, supervisor: Supervisor) -> None:
+    """The parts in order."""
+    with demo.part("start the services"):
+        seconds = bring_up(supervisor, demo.console, demo.stop)
+        demo.console.print(
+            f"{len(supervisor.rows())} services ready after {seconds:.1f} s; {demo.gateway.url} shows what happens"
+        )
+    with demo.part("collect demonstrations"):
+        folder = collect(demo)
+    with demo.part("segment into skills"):
+        segment(demo, folder)
+    with demo.part("imagine and roll out"):
+        roll_out(demo)
+    with demo.part("post-train"):
+        namespace = str(post_train(demo)["namespace"])
+    with demo.part("evaluate"):
+        evaluate(demo, namespace)
+
+
+def shipped_stage1(zoo: Path) -> dict[str, Any]:
+    """History and held-out metrics that the shipped adapters carry in their card."""
+    card = json.loads(unpack_metadata((zoo / "adapters.safetensors").read_bytes())["world2act"]).get("card", {})
+    return {"history": card.get("history", []), "metrics": card.get("metrics", {})}
+
+
+def run(settings: CliSettings, out: Path = Path("report.html")) -> int:
+    """The whole demo; the exit status. Every process that it started has ended when it returns."""
+    console = Console()
+    supervisor = make_supervisor(settings)
+    started = time.monotonic()
+    with stopping_signals() as stop, Gateway(settings) as gateway:
+        demo = Demo(settings, console, gateway, stop)
+        demo.record["stage1"] = shipped_stage1(Path(settings.zoo))
+        try:
+            run_parts(demo, supervisor)
+        except (KeyboardInterrupt, CliError, SupervisorError) as error:
+            if stop.is_set():
+                console.print("interrupted; stopping the services")
+                return 130
+            console.print(f"[red]error:[/red] {error}", highlight=False)
+            return 2
+        finally:
+            supervisor.stop()
+    minutes = (time.monotonic() - started) / 60
+    demo.record["about"] = (
+        f"Meta-World, {len(TASKS)} tasks, embedded models, {minutes:.1f} minutes on this machine. "
+        "Scenes of demonstrations, post-training and evaluation are disjoint."
+    )
+    path = Path(settings.run_dir) / "record.json"
+    path.write_text(json.dumps(demo.record))
+    report.write(path, out, ArtifactStore(settings.artifacts_url).get)
+    console.print(f"{out} written; the whole took {minutes:.1f} minutes")
+    return 0
