@@ -82,7 +82,7 @@ class Engine:
         latents = np.zeros((len(rows), *self.vision.shape), np.float32)
         if places:
             where = np.concatenate(places)
-            latents[where] = in_blocks(self.vision.encode, self.block, rows.grids[where])
+            latents[where] = self.vision.encode(rows.grids[where])
         return latents
 
     def check(self, content: bytes, version: int, uri: str) -> Residual:

@@ -21,7 +21,7 @@ class VlaSettings(CommonSettings):
     vla_max_batch: int = Field(32, ge=1, le=1024, description="observations in one request, and in one batch across clients")
     vla_max_wait_ms: float = Field(5.0, ge=0.0, le=1000.0, description="a request waits at most this long for others to join")
     vla_block: int = Field(
-        2, ge=1, le=1024, description="rows per network call; always full, so that actions do not depend on the batch"
+        4, ge=1, le=1024, description="rows per network call; always full, so that actions do not depend on the batch"
     )
     vla_keep_versions: int = Field(8, ge=1, description="residual versions kept in memory per namespace")
     vla_keep_namespaces: int = Field(16, ge=1, description="namespaces kept in memory")
