@@ -47,7 +47,7 @@ class Collector(threading.Thread):
             with self._changed:
                 if self.error is not None:
                     raise self.error
-                if self.flow.complete(round_):
+                if all(spec.key in self.records for spec in self.flow.specs if spec.round <= round_):
                     return
                 self._changed.wait(0.3)
 

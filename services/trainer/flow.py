@@ -113,7 +113,3 @@ class Flow:
     def complete(self, round_: int) -> bool:
         """Whether every episode of the rounds up to `round_` has joined its targets."""
         return all(p.state == "joined" for p in self.episodes.values() if p.spec.round <= round_)
-
-    def joined(self, round_: int) -> list[Progress]:
-        """The joined episodes of `round_`, in the plan's order."""
-        return [p for p in self.episodes.values() if p.spec.round == round_ and p.state == "joined"]

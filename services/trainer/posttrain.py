@@ -126,8 +126,9 @@ class Posttrain:
     def _train(self, number: int, data: Stage2Dataset, collector: Collector, checkpoint: str | None) -> None:
         """Round `number`: add what belongs to it, train, publish with a checkpoint."""
         started = time.time()
-        for progress in (p for r in range(number + 1) for p in self.flow.joined(r)):
-            data.add(*collector.records[progress.spec.key])
+        for spec in self.specs:
+            if spec.round <= number:  # what later rounds have collected already must not change this one
+                data.add(*collector.records[spec.key])
         if self.learner is None:
             self.learner = self._make_learner(data)
             if checkpoint:
