@@ -1,1 +1,1 @@
-"""The world-model service: Triton's model repository and its launcher, and the imagination worker (stream -> Triton -> artifact)."""
+"""The world-model service: Triton's model repository and its launcher, and the imagination worker."""

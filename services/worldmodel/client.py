@@ -24,6 +24,10 @@ class TritonUnavailableError(Exception):
     """Triton does not answer, or a model is not loaded (yet): the same call may work later."""
 
 
+class TritonFailedError(TritonUnavailableError):
+    """The computation failed or hung inside Triton (its Python process died, say): worth a few more tries."""
+
+
 class TritonRefusedError(ValueError):
     """The model refused the call: an argument is out of range. The same call will fail again."""
 
@@ -76,7 +80,7 @@ class ImagineClient:
         guidance: float = 1.0,
         wants: Sequence[str] = ("e_v",),
     ) -> tuple[dict[str, npt.NDArray[Any]], str, str]:
-        """Start frames uint8 (b, H, W, 3), b <= 64, a prompt and a seed per row -> ({name: array}, world-model hash, adapters hash).
+        """Start frames uint8 (b, H, W, 3), b <= 64, prompt and seed per row -> ({name: array}, world-model hash, adapters hash).
 
         `wants` from OUTPUTS: e_v float32 (b, horizon, D), last_frame uint8 (b, H, W, 3), latents float32 (b, 1+horizon, C, h, w),
         frames uint8 (b, 1+M*horizon, H, W, 3). Raises TritonUnavailableError or TritonRefusedError.
@@ -102,10 +106,12 @@ class ImagineClient:
 
 
 def sort_error(error: InferenceServerException) -> Exception:
-    """INVALID_ARGUMENT is the caller's fault; all else (unreachable, timed out, model not loaded, stub killed) may pass."""
+    """A gRPC status -> whose fault it is: the caller's, the computation's, or nobody's (not reachable, not loaded)."""
     text = " ".join(str(error.message()).split())[:500]
     if error.status() == "StatusCode.INVALID_ARGUMENT":
         return TritonRefusedError(text)
+    if error.status() in ("StatusCode.INTERNAL", "StatusCode.UNKNOWN", "StatusCode.DEADLINE_EXCEEDED"):
+        return TritonFailedError(f"triton: {text}")
     return TritonUnavailableError(f"triton: {text}")
 
 
@@ -114,7 +120,9 @@ def _inputs(
 ) -> dict[str, npt.NDArray[Any]]:
     rows = len(start)
     if not 1 <= rows <= MAX_ROWS or len(prompts) != rows or len(seeds) != rows:
-        raise TritonRefusedError(f"start: need 1 to {MAX_ROWS} rows with a prompt and a seed each, got {rows}, {len(prompts)}, {len(seeds)}")
+        raise TritonRefusedError(
+            f"start: need 1 to {MAX_ROWS} rows with a prompt and a seed each, got {rows}, {len(prompts)}, {len(seeds)}"
+        )
     return {
         "start_frame": np.ascontiguousarray(start),
         "prompt": np.array([[p.encode()] for p in prompts], dtype=object),

@@ -145,7 +145,9 @@ class VideoAdapterServer:
         for latents in batches:
             channels = self.adapters.settings.channels
             if latents.ndim != 5 or latents.shape[1] < 2 or latents.shape[2] != channels:
-                answers.append(ValueError(f"latents: shape must be (rows, 1 + K, {channels}, h, w) with K >= 1, got {latents.shape}"))
+                answers.append(
+                    ValueError(f"latents: shape must be (rows, 1 + K, {channels}, h, w) with K >= 1, got {latents.shape}")
+                )
                 continue
             with torch.no_grad():
                 e_v = self.adapters.video(torch.tensor(latents[:, 1:], device=self.device)).cpu().numpy()
@@ -176,4 +178,3 @@ def load_video_adapter(device: str) -> VideoAdapterServer:
     adapters = Adapters.load(settings.zoo / "adapters.safetensors")
     adapters.check_worldmodel(weights_hash(settings.backbone, settings.zoo))
     return VideoAdapterServer(adapters, device)
-

@@ -11,6 +11,8 @@ class WorldModelSettings(CommonSettings):
     """Both halves of the service: Triton (`triton`) and the imagination worker (`worker`)."""
 
     backbone: str = Field("small", description="world model that Triton serves: a name in services/worldmodel/backbones")
-    imagine_batch: int = Field(16, ge=1, le=256, description="requests that the imagination worker takes at once and batches together")
+    imagine_batch: int = Field(
+        16, ge=1, le=256, description="requests that the imagination worker takes at once and batches together"
+    )
     imagine_timeout: float = Field(300.0, gt=0, description="seconds after which a call to Triton counts as failed")
     video_fps: int = Field(10, ge=1, le=60, description="frames per second of stored mp4 files")

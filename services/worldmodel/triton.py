@@ -1,25 +1,39 @@
 """Starts the real tritonserver (the binary in the nvidia-pytriton wheel) on services/worldmodel/model_repository.
 
 The same repository runs in NVIDIA's container; here the wheel's files are linked into `<run_dir>/triton` in the layout that
-the server expects. The process is replaced (exec), so whoever starts this module holds tritonserver's process id.
+the server expects. The launcher stays as tritonserver's parent, because tritonserver goes on calling itself ready when one of
+its Python backend processes has died, while it answers every request with an error: the launcher then stops it and exits, so
+that whoever started it (the CLI, a container runtime) starts it afresh. Kill -9 of the launcher takes tritonserver with it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import importlib.util
 import os
 import shutil
+import signal
 import socket
+import subprocess
 import sys
 import sysconfig
+import urllib.request
 from pathlib import Path
+
+import psutil
 
 from services.worldmodel.settings import WorldModelSettings
 
 REPOSITORY = Path(__file__).parent / "model_repository"
 ROOT = Path(__file__).parents[2]
 """What must be importable in the Python backend's processes: `world2act` and `services`."""
-MODELS = ("worldmodel", "video_adapter", "imagine")
+
+WATCH_SECONDS = 0.5
+START_ATTEMPTS = 3
+"""On a starved machine a Python backend sometimes aborts while it loads (a lock in shared memory not had within 10 s)."""
+REGION_BYTES = 64 * 1024 * 1024
+"""Shared memory of a backend process at its start (pages are taken when touched): 64 rows fit, so it rarely has to grow."""
 
 
 class TritonError(RuntimeError):
@@ -84,7 +98,9 @@ def check_weights(settings: WorldModelSettings) -> None:
     """Raise TritonError when a weights file is missing: clearer than the failed load that would follow."""
     for name in ("worldmodel.safetensors", "adapters.safetensors"):
         if not (settings.zoo / name).is_file():
-            raise TritonError(f"triton: {settings.zoo / name} is missing; W2A_ZOO names the folder of the weights (make zoo builds it)")
+            raise TritonError(
+                f"triton: {settings.zoo / name} is missing; W2A_ZOO names the folder of the weights (make zoo builds it)"
+            )
 
 
 def _region_prefix(settings: WorldModelSettings) -> str:
@@ -114,15 +130,18 @@ def command(settings: WorldModelSettings, folder: Path) -> list[str]:
         "grpc-port": str(settings.triton_grpc_port),
         "metrics-address": settings.host,
         "metrics-port": str(settings.triton_metrics_port),
-        "backend-config": f"python,shm-region-prefix-name={_region_prefix(settings)}",
         "exit-timeout-secs": "10",
-        "log-verbose": "0",
     }
-    return [str(folder / "bin" / "tritonserver"), *(f"--{name}={value}" for name, value in options.items())]
+    backend = {"shm-region-prefix-name": _region_prefix(settings), "shm-default-byte-size": str(REGION_BYTES)}
+    return [
+        str(folder / "bin" / "tritonserver"),
+        *(f"--{name}={value}" for name, value in options.items()),
+        *(f"--backend-config=python,{name}={value}" for name, value in backend.items()),
+    ]
 
 
 def environment(settings: WorldModelSettings) -> dict[str, str]:
-    """The server's environment: our packages, libpython and the wheel's libraries can be found, and our settings reach the models."""
+    """The server's environment: our packages, libpython and the wheel's libraries are found; our settings reach the models."""
     env = dict(os.environ)
     libraries = [str(sysconfig.get_config_var("LIBDIR")), str(_wheel() / "nvidia_pytriton.libs")]
     env["LD_LIBRARY_PATH"] = os.pathsep.join([*libraries, *filter(None, [env.get("LD_LIBRARY_PATH")])])
@@ -141,10 +160,71 @@ def prepare(settings: WorldModelSettings) -> tuple[list[str], dict[str, str]]:
     return command(settings, build_run_folder(settings.run_dir)), environment(settings)
 
 
+def _die_with_parent() -> None:
+    """Runs in the child before exec: a killed launcher leaves no server behind that holds the ports."""
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
+class Launcher:
+    """Runs tritonserver until it ends, a signal ends it, or one of its Python backends dies."""
+
+    def __init__(self, settings: WorldModelSettings) -> None:
+        self.settings = settings
+        self.ending = False
+        self.server: subprocess.Popen[bytes] | None = None
+
+    def run(self, arguments: list[str], env: dict[str, str]) -> int:
+        """Returns the exit status: 0 after SIGTERM or SIGINT, else 1 or the server's own."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._end)
+        status = 1
+        for _ in range(START_ATTEMPTS):
+            self.server = subprocess.Popen(arguments, env=env, preexec_fn=_die_with_parent)
+            was_ready, status = self._watch(self.server)
+            if self.ending or was_ready or status != -signal.SIGABRT:
+                break
+            _say("the server aborted while it loaded its models; starting it again")
+            remove_dead_regions(self.settings)
+        return 0 if self.ending else status if status > 0 else 1
+
+    def _end(self, *_: object) -> None:
+        self.ending = True
+        if self.server is not None:
+            self.server.terminate()
+
+    def _watch(self, server: subprocess.Popen[bytes]) -> tuple[bool, int]:
+        """Until `server` ended: whether it was ready, and its exit status."""
+        backends: list[psutil.Process] = []
+        while (status := server.poll()) is None:
+            if not backends and _ready(self.settings):
+                backends = [p for p in psutil.Process(server.pid).children() if p.name().startswith("triton_python")]
+            dead = [p.pid for p in backends if not p.is_running() or p.status() == psutil.STATUS_ZOMBIE]
+            if dead and not self.ending:
+                _say(f"Python backend process {dead[0]} died; stopping the server, start it again")
+                server.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                server.wait(WATCH_SECONDS)
+        return bool(backends), status
+
+
+def _say(sentence: str) -> None:
+    print(f"triton: {sentence}", file=sys.stderr, flush=True)
+
+
+def _ready(settings: WorldModelSettings) -> bool:
+    """Whether server and all models are ready (asked over HTTP: the launcher needs no client library)."""
+    try:
+        with urllib.request.urlopen(f"http://{settings.host}:{settings.triton_http_port}/v2/health/ready", timeout=1.0) as reply:
+            return bool(reply.status == 200)
+    except OSError:
+        return False
+
+
 def main(settings: WorldModelSettings) -> None:
-    """Become tritonserver. Exits with status 1 and one sentence when that cannot work."""
+    """Run Triton in the foreground. Exits with status 1 and one sentence when that cannot work."""
     try:
         arguments, env = prepare(settings)
     except TritonError as error:
         raise SystemExit(str(error)) from None
-    os.execve(arguments[0], arguments, env)
+    raise SystemExit(Launcher(settings).run(arguments, env))

@@ -1,4 +1,4 @@
-"""The embedded backbone: world2act.models.worldmodel (small causal VAE + CosmosTransformer3DModel) from zoo/worldmodel.safetensors."""
+"""The embedded backbone: world2act.models.worldmodel from zoo/worldmodel.safetensors."""
 
 from __future__ import annotations
 
