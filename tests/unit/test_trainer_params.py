@@ -1,0 +1,120 @@
+"""What jobs accept, how the preset is overridden, noise, skills, the time line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.trainer import timeline
+from services.trainer.episode import Perturbation, closed_loop
+from services.trainer.params import EvaluateParams, PosttrainParams, parse
+from services.trainer.posttrain import stage2_settings
+from services.trainer.rollouts import planned_skills
+from services.trainer.stage1 import inside
+from world2act.presets import STAGE2
+from world2act.schedule import perturbation, plan
+
+
+@pytest.mark.parametrize(
+    ("kind", "params", "words"),
+    [
+        ("posttrain", {"tasks": []}, "tasks: "),
+        ("posttrain", {"tasks": ["reach", "reach"]}, "listed twice"),
+        ("posttrain", {"tasks": ["../etc"]}, "no task's name"),
+        ("posttrain", {"tasks": ["reach"], "split": "evaluation"}, "split: "),
+        ("posttrain", {"tasks": ["reach"], "mode": "async", "eta": 0}, "eta"),
+        ("posttrain", {"tasks": ["reach"], "mode": "serial", "eta": 1}, "eta"),
+        ("posttrain", {"tasks": ["reach"], "mode": "fast"}, "mode: "),
+        ("posttrain", {"tasks": ["reach"], "namespace": "a/b"}, "namespace: "),
+        ("posttrain", {"tasks": ["reach"], "step": 3}, "step: "),
+        ("evaluate", {"tasks": ["reach"], "split": "posttrain"}, "split: "),
+        ("evaluate", {"tasks": ["reach"], "first_index": 999_999}, "first_index"),
+        ("evaluate", {"tasks": ["reach"], "versions": [["a", -2]]}, "versions.0.version: "),
+        ("rollout", {"task": "reach", "indices": [1_000_000]}, "indices.0: "),
+        ("rollout", {"task": "reach", "indices": [], "mode": "execute"}, "indices: "),
+        ("imagine", {"task": "reach", "instruction": ""}, "instruction: "),
+        ("imagine", {"task": "reach", "instruction": "go", "skills": [{"prompt": "go", "chunks": 1}]}, "one of them"),
+        ("imagine", {"task": "reach", "skills": [{"prompt": "go", "chunks": 99}]}, "skills.0.chunks: "),
+        ("stage1", {"steps": 0}, "steps: "),
+    ],
+)
+def test_wrong_params_are_named(kind: str, params: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words.replace(".", r"\.")):
+        parse(kind, params)
+
+
+def test_modes_and_their_bounds() -> None:
+    def bound(**changes: Any) -> int:
+        return PosttrainParams.model_validate({"tasks": ["reach"], **changes}).staleness_bound()
+
+    assert bound() == 1 and bound(mode="async", eta=3) == 3
+    assert bound(mode="sync") == bound(mode="synchronous") == bound(mode="serial") == 0
+
+
+def test_overrides_change_the_plan_and_nothing_else() -> None:
+    params = PosttrainParams(tasks=["reach", "push"], episodes=7, rounds=1, steps=9)
+    settings = stage2_settings(params)
+    assert settings.plan.base + settings.plan.perturbed == 7 == settings.plan.on_policy
+    assert settings.plan.base >= 1 and (settings.plan.first_steps, settings.plan.steps) == (9, 9)
+    assert len(plan(settings, params.tasks, 0)) == 2 * 2 * 7
+    assert stage2_settings(PosttrainParams(tasks=["reach"])) == STAGE2["default"]
+    assert stage2_settings(PosttrainParams(tasks=["reach"], preset="paper")) == STAGE2["paper"]
+
+
+def test_policies_to_compare() -> None:
+    assert [p.version for p in EvaluateParams(tasks=["reach"], namespace="n").policies()] == [0, -1]
+    given_ = EvaluateParams.model_validate({"tasks": ["reach"], "versions": [["a", 0], {"namespace": "b", "version": 2}]})
+    assert [(p.namespace, p.version) for p in given_.policies()] == [("a", 0), ("b", 2)]
+
+
+def test_noise_equals_the_library_s() -> None:
+    """One process or many: an episode of the plan is perturbed the same."""
+    std = np.array([0.3, 0.4, 0.5, 0.9], np.float32)
+    spec = next(s for s in plan(STAGE2["default"], ["reach"], 3) if s.noise > 0)
+    expected = perturbation(spec, 5, std)
+    noise = Perturbation(int(spec.key, 16), spec.noise, std)
+    wide = np.full(4, 9, np.float32)
+    mine = np.stack([noise(np.zeros((4, 4), np.float32), -wide, wide) for _ in range(5)])
+    assert np.array_equal(mine, np.repeat(expected[:, None], 4, axis=1)) and np.abs(expected[:, :3]).max() > 0
+
+
+def test_closed_loop_requests_have_content_keys() -> None:
+    one = closed_loop("a", "sha256-1", ["p", "q"], 1)
+    assert one.id == closed_loop("b", "sha256-1", ["p", "q"], 1).id and one.latents
+    assert len({one.id, closed_loop("a", "sha256-1", ["q", "p"], 1).id, closed_loop("a", "sha256-2", ["p", "q"], 1).id}) == 3
+
+
+def test_planned_skills_share_the_episode() -> None:
+    row = planned_skills("pick up the puck and place it at the green goal", "pick-place", 13)
+    assert [s["chunks"] for s in row] == [7, 6] and row[0]["prompt"].startswith("pick")
+
+
+def test_stage1_reads_only_the_data_folder(tmp_path: Path) -> None:
+    (tmp_path / "data" / "demos").mkdir(parents=True)
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "data" / "link").symlink_to(tmp_path / "secret")
+    assert inside(tmp_path / "data", "demos").name == "demos"
+    for wrong in ("../secret", str(tmp_path / "secret"), "link", "demos/../../secret"):
+        with pytest.raises(ValueError, match="outside the data folder"):
+            inside(tmp_path / "data", wrong)
+    with pytest.raises(ValueError, match="no folder"):
+        inside(tmp_path / "data", "none")
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 20)), max_size=8))
+def test_active_seconds_are_those_in_which_something_ran(spans: list[tuple[int, int]]) -> None:
+    intervals = [(float(a), float(a + length)) for a, length in spans]
+    covered = {second for a, length in spans for second in range(a, a + length)}
+    assert timeline.active(intervals) == len(covered)
+    assert timeline.busy(intervals) == sum(length for _, length in spans)
+
+
+def test_overlap_of_parts() -> None:
+    found = timeline.summary({"execution": [(0, 4), (0, 4)], "optimisation": [(2, 6)]}, 6.0)
+    assert found["overlap"] == 2.0 and found["parts_overlap"] == round(8 / 6, 3)
+    assert found["seconds"] == {"execution": 8, "optimisation": 4, "wall": 6.0}
