@@ -36,9 +36,9 @@ class Settings:
     out: Path
     seed: int = 0
     threads: int = 1
-    per_task: int = 5
+    per_task: int = 4
     tasks: tuple[str, ...] | None = None
-    steps: int = 2000
+    steps: int = 1000
     batch: int = 64
     rate: float = 2e-3
     weight_decay: float = 1e-3

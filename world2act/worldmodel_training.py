@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,8 @@ class VAESettings:
 @dataclass(frozen=True)
 class TransformerSettings:
     """Every step trains on `short_batch` clips of `short_horizon` latents or, with chance `long_share`, on `long_batch` clips
-    of up to `long_horizon` latents. text_dropout: prompts replaced by '', so that guidance can be used."""
+    of up to `long_horizon` latents. text_dropout: prompts replaced by '', so that guidance can be used; latent_stride: clips
+    begin at every such frame of an episode; averaging: decay of the running average of the weights."""
 
     steps: int = 2400
     short_batch: int = 32
@@ -65,6 +66,8 @@ class TransformerSettings:
     weight_decay: float = 1e-2
     text_dropout: float = 0.1
     latent_stride: int = 2
+    averaging: float = 0.99
+    checkpoint_steps: int = 400
 
 
 @dataclass(frozen=True)
@@ -173,15 +176,18 @@ def train_transformer(
     seed: int,
     precision: Precision = "auto",
     progress: Progress = no_progress,
+    checkpoint: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Train transformer and word vectors of `model` in place on cached latents; the VAE stays. Returns final losses.
 
-    Loss: masked MSE of v = x1 - x0 at a random t (t = 1 when noise_scale is 0: regression), latents 1 .. n.
+    Loss: masked MSE of v = x1 - x0 at a random t (t = 1 when noise_scale is 0: regression), latents 1 .. n. The weights that
+    stay are a running average; `checkpoint` is called with the model holding it, every `checkpoint_steps`.
     """
     generator = torch.Generator().manual_seed(seed)
     parameters = [*model.transformer.parameters(), *model.text.parameters()]
     optimiser = torch.optim.AdamW(parameters, lr=settings.rate, betas=(0.9, 0.95), weight_decay=settings.weight_decay)
     schedule = warm_cosine(optimiser, settings.steps)
+    average = [parameter.detach().clone() for parameter in parameters]
     losses = {"short": 0.0, "long": 0.0}
     seen = {"short": 0, "long": 0}
     model.train()
@@ -195,6 +201,13 @@ def train_transformer(
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
         schedule.step()
+        torch._foreach_lerp_(average, [p.detach() for p in parameters], max(1 - settings.averaging, 9 / (10 + step)))
+        if (step + 1) % settings.checkpoint_steps == 0 or step + 1 == settings.steps:
+            latest = [parameter.detach().clone() for parameter in parameters]
+            _assign(parameters, average)
+            checkpoint()
+            if step + 1 < settings.steps:
+                _assign(parameters, latest)
         kind = "long" if long else "short"
         keep = min(0.98, seen[kind] / (seen[kind] + 1))
         losses[kind] = keep * losses[kind] + (1 - keep) * loss.item()
@@ -202,6 +215,12 @@ def train_transformer(
         progress("world model", step + 1, settings.steps, losses)
     model.eval()
     return {f"loss_{kind}": value for kind, value in losses.items()}
+
+
+@torch.no_grad()
+def _assign(parameters: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)
 
 
 def _loss(
@@ -259,7 +278,15 @@ def train_worldmodel(settings: Settings, progress: Progress = no_progress) -> Wo
     bank = LatentBank(model.vae, cut.episodes, settings.transformer.latent_stride, progress)
     held_bank = LatentBank(model.vae, held_out.episodes, settings.transformer.latent_stride)
     lap("latents")
-    metrics |= train_transformer(model, bank, settings.transformer, settings.seed, settings.precision, progress)
+    metrics |= train_transformer(
+        model,
+        bank,
+        settings.transformer,
+        settings.seed,
+        settings.precision,
+        progress,
+        lambda: model.save(settings.out, {"part": "checkpoint of a training that goes on"}),
+    )
     lap("transformer")
     model.requires_grad_(False)
     metrics |= worldmodel_metrics.reconstruction(model, held_out.episodes)

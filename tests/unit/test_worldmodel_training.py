@@ -46,7 +46,7 @@ def trained() -> tuple[WorldModel, LatentBank, list[float]]:
 
 def test_vae_learns_and_latents_are_normalised(trained: tuple[WorldModel, LatentBank, list[float]]) -> None:
     _, bank, errors = trained
-    assert errors[-1] < 0.5 * errors[0]
+    assert errors[-1] < 0.7 * errors[0]
     latents = bank.moving[bank.starts].float()
     assert 0.3 < latents.std() < 3.0 and latents.mean().abs() < 0.5
 
