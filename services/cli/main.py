@@ -121,12 +121,12 @@ def evaluate(
     tasks: Positional[tuple[str, ...]],
     episodes: int = 20,
     first_index: int = 0,
-    namespace: str = "default",
+    namespace: str | None = None,
     version: int = -1,
     split: Literal["evaluation", "tuning"] = "evaluation",
     wait: Wait = True,
 ) -> None:
-    """Success of base and post-trained policy on the same held-out initial states."""
+    """Success of base and post-trained policy on the same held-out initial states. Without --namespace: the newest run's."""
     body = {"tasks": list(tasks), "episodes": episodes, "first_index": first_index, "namespace": namespace, "version": version}
     _job("evaluate", body | {"split": split}, wait)
 
@@ -146,8 +146,8 @@ def cancel(job: Positional[str]) -> None:
         console.print(f"job {job}: {gateway.call('DELETE', f'/jobs/{job}')['status']}")
 
 
-def export(namespace: Positional[str], version: int = -1, out: Path = Path("residual.safetensors")) -> None:
-    """Write a published residual bundle to a file. The namespace is the post-training job's id; -1 is its newest version."""
+def export(namespace: Positional[str | None] = None, version: int = -1, out: Path = Path("residual.safetensors")) -> None:
+    """Write a residual bundle to a file. The namespace is a post-training job's id (else the newest's), -1 its newest version."""
     from services.cli import work
 
     with Gateway(CliSettings.load()) as gateway:

@@ -17,7 +17,7 @@ from services.runtime.embedded import valkey_command
 from services.runtime.streams import connect
 from services.runtime.telemetry import Check
 
-GRACE_S = 12.0
+GRACE_S = 10.0
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,7 @@ class Supervisor:
         run_dir: Path,
         *,
         host: str = "127.0.0.1",
-        start_timeout_s: float = 180.0,
+        start_timeout_s: float = 300.0,
         on_event: Callable[[str, str], None] | None = None,
     ) -> None:
         self.services = {spec.name: Service(spec) for spec in specs}

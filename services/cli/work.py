@@ -133,6 +133,8 @@ def round_line(console: Console) -> Any:
 
 def run_job(gateway: Gateway, console: Console, kind: str, body: dict[str, Any], wait: bool) -> Result | None:
     """Submit, follow, show. Without `wait` only the job's id is printed."""
+    if kind == "evaluate" and body.get("namespace") is None:
+        body = body | {"namespace": newest_namespace(gateway)}
     job = gateway.submit(f"/{kind}", body)
     if not wait:
         console.print(f"job {job}: world2act watch {job}")
@@ -148,8 +150,17 @@ def finish(gateway: Gateway, console: Console, kind: str, job: str) -> Result:
     return result
 
 
-def export(gateway: Gateway, console: Console, namespace: str, version: int, out: Path) -> Path:
+def newest_namespace(gateway: Gateway) -> str:
+    """Where the newest post-training run that succeeded published its policies; "default" where there is none."""
+    for job in gateway.call("GET", "/jobs", params={"limit": 1000}):
+        if job["kind"] == "posttrain" and job["status"] == "succeeded":
+            return str(job["params"].get("namespace") or job["id"])
+    return "default"
+
+
+def export(gateway: Gateway, console: Console, namespace: str | None, version: int, out: Path) -> Path:
     """Write the residual bundle of a published version to a file."""
+    namespace = namespace or newest_namespace(gateway)
     versions = {v["version"]: v for v in gateway.call("GET", f"/policies/{namespace}")}
     if not versions:
         raise CliError(f"namespace: {namespace!r} has no published version")

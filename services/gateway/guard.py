@@ -63,10 +63,10 @@ class Guard:
         if origin and scope["method"] not in ("GET", "HEAD") and urlsplit(origin).netloc != headers.get("host"):
             return ProblemError(403, f"requests from pages of {origin[:100]} are not accepted")
         length = headers.get("content-length", "0")
-        limit = self._limit(headers)
+        limit, sentence = self._limit(headers)
         if not length.isdecimal() or len(length) > 18:
             return ProblemError(400, "Content-Length must be a number of bytes")
-        return _too_large(limit) if int(length) > limit else None
+        return ProblemError(413, sentence) if int(length) > limit else None
 
     def _known(self, authorization: str) -> bool:
         """Bearer for programs; Basic with the token as password, so that a browser can ask for it once for the viewer page."""
@@ -80,29 +80,29 @@ class Guard:
             return False
         return hmac.compare_digest(value.strip().encode(), self.token.encode())
 
-    def _limit(self, headers: dict[str, str]) -> int:
+    def _limit(self, headers: dict[str, str]) -> tuple[int, str]:
+        """Bytes accepted, and the sentence for more."""
         if headers.get("content-type", "").lower().startswith("multipart/form-data"):
-            return self.settings.upload_limit_bytes + MULTIPART_OVERHEAD
-        return self.settings.json_limit_bytes
+            limit, name, spare = self.settings.upload_limit_bytes, "W2A_UPLOAD_LIMIT_BYTES", MULTIPART_OVERHEAD
+        else:
+            limit, name, spare = self.settings.json_limit_bytes, "W2A_JSON_LIMIT_BYTES", 0
+        return limit + spare, f"the body is larger than the limit of {limit} bytes ({name})"
 
     def _limited(self, headers: dict[str, str], receive: Receive) -> Receive:
         """Counts what really arrives: a chunked body has no Content-Length."""
-        limit, seen = self._limit(headers), 0
+        (limit, sentence), seen = self._limit(headers), 0
 
         async def counted() -> Message:
             nonlocal seen
             message = await receive()
             seen += len(message.get("body", b""))
             if seen > limit:
-                await _drain(receive)
-                raise HTTPException(413, _too_large(limit).detail)
+                if message.get("more_body"):
+                    await _drain(receive)
+                raise HTTPException(413, sentence)
             return message
 
         return counted
-
-
-def _too_large(limit: int) -> ProblemError:
-    return ProblemError(413, f"the body is larger than the limit of {limit} bytes (W2A_UPLOAD_LIMIT_BYTES, W2A_JSON_LIMIT_BYTES)")
 
 
 async def _drain(receive: Receive) -> None:
