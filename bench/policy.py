@@ -11,9 +11,12 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 
 from services.runtime.generated import policy_pb2
@@ -39,52 +42,62 @@ def sample(call: Callable[[], object], seconds: float) -> list[float]:
     return latencies
 
 
-def clients(server: VlaProcess, version: int, count: int) -> list[float]:
-    """Latencies of `count` clients at once, each with its own channel, one observation a request."""
-    latencies: list[float] = []
+@dataclass
+class Measured:
+    """Latencies in seconds of `concurrent` clients, and the CPU seconds that the serving process spent on them."""
+
+    latencies: list[float] = field(default_factory=list)
+    cpu: float = 0.0
+    concurrent: int = 1
+
+    @property
+    def rate(self) -> float:
+        return self.concurrent * len(self.latencies) / sum(self.latencies)
+
+
+def clients(server: VlaProcess, version: int, count: int, into: Measured) -> None:
+    """`count` clients at once, each with its own channel, one observation a request."""
+    into.concurrent = count
+    assert server.process is not None
+    process = psutil.Process(server.process.pid)
 
     def client(number: int) -> None:
         request = policy_pb2.ActRequest(observations=[observation(number)], version=version)
         with connect_channel(f"127.0.0.1:{server.port}") as channel:
             stub = PolicyStub(channel)
             stub.Act(request, timeout=30)
-            latencies.extend(sample(lambda: stub.Act(request, timeout=30), SECONDS))
+            ready.wait()
+            into.latencies.extend(sample(lambda: stub.Act(request, timeout=30), SECONDS))
 
+    ready = threading.Barrier(count + 1)
     threads = [threading.Thread(target=client, args=(n,)) for n in range(count)]
     for thread in threads:
         thread.start()
+    ready.wait()
+    before = sum(process.cpu_times()[:2])
     for thread in threads:
         thread.join()
-    return latencies
+    into.cpu += sum(process.cpu_times()[:2]) - before
 
 
-def in_process(engine: Engine, server: VlaProcess, version: int) -> list[float]:
+def in_process(engine: Engine, server: VlaProcess, version: int, into: Measured) -> None:
     """The same work without gRPC, batcher and second process."""
     residual = engine.check(server.artifacts.get(server.publish(1)), 1, "bench") if version else None
     job = ActJob(read_observations([observation(0)], engine.policy.spec, 1), residual)
     engine.compute([job])
-    return sample(lambda: engine.compute([job]), SECONDS)
-
-
-def rows(name: str, latencies: list[float], concurrent: int, ratio: str = "") -> list[dict[str, object]]:
-    """Rate, median and 99th percentile as table rows."""
-    p50, p99 = np.percentile(latencies, [50, 99]) * 1e3
-    rate = concurrent * len(latencies) / sum(latencies)
-    return [
-        {"name": f"{name}: rate", "value": round(rate, 1), "unit": "requests/s", "ratio": ratio},
-        {"name": f"{name}: latency p50", "value": round(p50, 2), "unit": "ms", "ratio": ""},
-        {"name": f"{name}: latency p99", "value": round(p99, 2), "unit": "ms", "ratio": ""},
-    ]
+    before = time.thread_time()
+    into.latencies += sample(lambda: engine.compute([job]), SECONDS)
+    into.cpu += time.thread_time() - before
 
 
 def run() -> list[dict[str, object]]:
-    """About 30 seconds."""
+    """About a minute."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    cases: dict[str, Callable[[], list[float]]] = {}
+    cases: dict[str, Callable[[Measured], None]] = {}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         stack.callback(torch.set_num_threads, threads)
+        torch.set_num_threads(1)
         servers = {
             "on": VlaProcess(folder / "on"),
             "alone": VlaProcess(folder / "alone", vla_max_wait_ms=0),
@@ -95,35 +108,40 @@ def run() -> list[dict[str, object]]:
             server.start().load(1)
         engine = load_engine(VlaSettings(zoo=servers["on"].zoo))
         for version, what in ((0, "base"), (1, "base + residual")):
-            cases[f"in process, {what}"] = lambda v=version: in_process(engine, servers["on"], v)  # type: ignore[misc]
-            cases[f"1 client, no wait, {what}"] = lambda v=version: clients(servers["alone"], v, 1)  # type: ignore[misc]
-            cases[f"1 client, wait 5 ms, {what}"] = lambda v=version: clients(servers["on"], v, 1)  # type: ignore[misc]
-            cases[f"{CLIENTS} clients, batching on, {what}"] = lambda v=version: clients(servers["on"], v, CLIENTS)  # type: ignore[misc]
-            cases[f"{CLIENTS} clients, batching off, {what}"] = lambda v=version: clients(servers["off"], v, CLIENTS)  # type: ignore[misc]
-        found: dict[str, list[float]] = {name: [] for name in cases}
+            cases[f"in process, {what}"] = partial(in_process, engine, servers["on"], version)
+            cases[f"1 client, no wait, {what}"] = partial(clients, servers["alone"], version, 1)
+            cases[f"1 client, wait 5 ms, {what}"] = partial(clients, servers["on"], version, 1)
+            cases[f"{CLIENTS} clients, batching on, {what}"] = partial(clients, servers["on"], version, CLIENTS)
+            cases[f"{CLIENTS} clients, batching off, {what}"] = partial(clients, servers["off"], version, CLIENTS)
+        found = {name: Measured() for name in cases}
         for _ in range(ROUNDS):
             for name, case in cases.items():
-                found[name] += case()
-    return table(found)
+                case(found[name])
+    return [row for name in found for row in rows(name, found)]
 
 
-def table(found: dict[str, list[float]]) -> list[dict[str, object]]:
-    """Latencies per case -> rows with their ratios."""
-    concurrent = {name: CLIENTS if name.startswith(f"{CLIENTS} clients") else 1 for name in found}
-    rate = {name: concurrent[name] * len(values) / sum(values) for name, values in found.items()}
-    result: list[dict[str, object]] = []
-    for name, values in found.items():
-        ratio = ""
-        if "1 client, no wait" in name:
-            ratio = f"{rate[name] / rate[name.replace('1 client, no wait', 'in process')]:.2f} x in process"
-        elif "batching on" in name:
-            ratio = f"{rate[name] / rate[name.replace('batching on', 'batching off')]:.2f} x batching off"
-        if "residual" in name and "in process" in name:
-            ratio = f"{rate[name] / rate[name.replace(' + residual', '')]:.2f} x base alone"
-        result += rows(name, values, concurrent[name], ratio)
-    return result
+def rows(name: str, found: dict[str, Measured]) -> list[dict[str, object]]:
+    """One case as table rows: rate, latency, the server's CPU time a request (which a busy machine distorts least)."""
+    mine, peer = found[name], ""
+    if "batching on" in name:
+        peer = name.replace("batching on", "batching off")
+    elif "1 client" in name:
+        peer = "in process" + name[name.rindex(",") :]
+    elif "residual" in name:
+        peer = name.replace(" + residual", "")
+    rate = cpu = ""
+    if peer:
+        rate = f"{mine.rate / found[peer].rate:.2f} x {peer}"
+        cpu = f"{mine.cpu / len(mine.latencies) / (found[peer].cpu / len(found[peer].latencies)):.2f} x {peer}"
+    p50, p99 = np.percentile(mine.latencies, [50, 99]) * 1e3
+    return [
+        {"name": f"{name}: rate", "value": round(mine.rate, 1), "unit": "requests/s", "ratio": rate},
+        {"name": f"{name}: latency p50", "value": round(float(p50), 2), "unit": "ms", "ratio": ""},
+        {"name": f"{name}: latency p99", "value": round(float(p99), 2), "unit": "ms", "ratio": ""},
+        {"name": f"{name}: CPU", "value": round(mine.cpu / len(mine.latencies) * 1e3, 2), "unit": "ms/request", "ratio": cpu},
+    ]
 
 
 if __name__ == "__main__":
     for row in run():
-        print(f"{row['name']:<52} {row['value']:>10} {row['unit']:<11} {row['ratio']}")
+        print(f"{row['name']:<56} {row['value']:>8} {row['unit']:<11} {row['ratio']}")
