@@ -20,7 +20,7 @@ from services.runtime.artifacts import ArtifactStore
 from services.runtime.messages import IMAGINE_REQUESTS, ImagineRequest, ImagineResult, imagined
 from services.runtime.streams import Consumer, connect, publish
 from services.runtime.telemetry import configure_logging, redis_check, serve_health, start_heartbeat, stop_on_signals
-from services.worldmodel.client import ImagineClient, Served, TritonFailedError, TritonUnavailableError
+from services.worldmodel.client import MAX_ROWS, ImagineClient, Served, TritonFailedError, TritonUnavailableError
 from services.worldmodel.imagination import Imagined, ServedChangedError, Task, imagine, read_task
 from services.worldmodel.settings import WorldModelSettings
 from services.worldmodel.video import encode_mp4
@@ -119,9 +119,17 @@ class ImaginationWorker:
             self._compute(pending, group, waiting, started, served, failures)
 
     def _groups(self, tasks: list[Task], failures: dict[str, int]) -> list[list[Task]]:
-        """All tasks together, except those that were in a failed computation before: each alone, to find the guilty one."""
-        together = [t for t in tasks if t.key not in failures]
-        return [*([together] if together else []), *([t] for t in tasks if t.key in failures)]
+        """Tasks that fill a call together, so that the first results do not wait for the last; those that were in a failed
+        computation before each alone, to find the guilty one."""
+        groups: list[list[Task]] = []
+        rows = MAX_ROWS
+        for task in [t for t in tasks if t.key not in failures]:
+            rows += len(task.frames)
+            if rows > MAX_ROWS:
+                groups.append([])
+                rows = len(task.frames)
+            groups[-1].append(task)
+        return [*groups, *([t] for t in tasks if t.key in failures)]
 
     def _compute(
         self,

@@ -23,12 +23,12 @@ import torch
 
 from services.runtime.artifacts import ArtifactStore
 from services.runtime.messages import DEAD, IMAGINE_REQUESTS, DeadLetter, ImagineRequest, ImagineResult, SkillPrompt, imagined
-from services.runtime.streams import backlog, publish, read_all
+from services.runtime.streams import backlog, connect, publish, read_all
 from services.runtime.telemetry import heartbeats
 from services.worldmodel.imagination import row_seed
 from services.worldmodel.worker import GROUP
 from tests.integration.triton_process import ROOT, TritonProcess, running_triton
-from tests.processes import ValkeyProcess, free_port, wait_for
+from tests.processes import ValkeyProcess, free_port, running_valkey, wait_for
 from world2act.models.adapters import Adapters
 from world2act.models.worldmodel import WorldModel
 
@@ -177,6 +177,20 @@ def test_poison_and_bad_requests_do_not_stop_the_queue(worker: Worker) -> None:
     letters = [m for _, m in read_all(worker.client, DEAD, DeadLetter)]
     assert [letter.stream for letter in letters] == [IMAGINE_REQUESTS]
     wait_for(lambda: backlog(worker.client, IMAGINE_REQUESTS, GROUP) == 0, 10, "nothing pending")
+
+
+def test_the_worker_outlives_redis(triton_server: TritonProcess, tmp_path: Path) -> None:
+    with running_valkey(tmp_path / "valkey") as server:
+        client = connect(server.url)
+        with running_worker(client, server.url, triton_server.address, tmp_path) as worker:
+            worker.ask("before", grids(1), [[("reach", 1)]])
+            assert worker.result("before").artifact
+            server.kill()
+            wait_for(lambda: "redis" in json.loads(worker.get("readyz")[1])["failed"], 20, "not ready")
+            server.start()
+            worker.ask("after", grids(1, 1), [[("reach", 1)]])
+            assert worker.result("after").artifact
+            wait_for(lambda: worker.get("readyz")[0] == 200, 20, "ready again")
 
 
 def test_killed_triton_loses_and_doubles_nothing(

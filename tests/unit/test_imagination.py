@@ -248,6 +248,14 @@ def test_results_and_cache(running: Running) -> None:
     assert 0 < found["one"].started <= found["one"].finished
 
 
+def test_requests_share_calls_but_do_not_wait_for_all(running: Running) -> None:
+    for i in range(5):
+        running.ask(f"r{i}", *[[("a", 1)]] * (70 if i == 3 else 30), first=i)
+    found = running.results(5)
+    assert [n for n, _, _ in running.fake.calls] == [60, 30, 64, 6, 30]
+    assert found["r0"].finished <= found["r2"].finished <= found["r4"].finished and len({r.artifact for r in found.values()}) == 5
+
+
 def test_a_lost_artifact_is_computed_again(running: Running) -> None:
     running.ask("one", [("a", 1)])
     first = running.results(1)["one"]
