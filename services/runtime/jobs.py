@@ -49,15 +49,15 @@ class JobStore:
         return f"w2a:job:{job}"
 
     def create(self, kind: str, params: dict[str, Any], *, queue: bool = True) -> Job:
-        """Store a queued job and put its request on the jobs stream; `queue=False`: whoever creates it also sees to its running."""
+        """Store a queued job and put its request on the jobs stream; `queue=False`: its creator sees to its running."""
         job = Job(id=uuid.uuid4().hex[:16], kind=kind, params=params, created=time.time())
         self._save(job)
         if queue:
             publish(self.client, JOBS, JobRequest.model_validate({"id": job.id, "kind": kind, "params": params}))
         return job
 
-    def _save(self, job: Job) -> None:
-        self.client.set(self._key(job.id), job.model_dump_json(), ex=KEEP_SECONDS)
+    def _save(self, job: Job, client: redis.Redis | None = None) -> None:
+        (client or self.client).set(self._key(job.id), job.model_dump_json(), ex=KEEP_SECONDS)
 
     def get(self, job: str) -> Job | None:
         data = self.client.get(self._key(job))
@@ -77,20 +77,22 @@ class JobStore:
         if found.status in ENDED:
             changes.pop("status", None)
         updated = found.model_copy(update=changes)
-        self._save(updated)
-        self.event(
-            job,
-            "status",
-            {"status": updated.status, "progress": updated.progress, "message": updated.message, "error": updated.error},
-        )
+        shown = {"status": updated.status, "progress": updated.progress, "message": updated.message, "error": updated.error}
+        with self.client.pipeline(transaction=True) as pipe:  # who sees the state also finds its event
+            self._save(updated, pipe)
+            self._append(pipe, job, "status", shown)
+            pipe.execute()
         return updated
 
     def event(self, job: str, name: str, data: dict[str, Any]) -> None:
         """Append a progress event (about 20,000 are kept)."""
+        self._append(self.client, job, name, data)
+
+    def _append(self, client: redis.Redis, job: str, name: str, data: dict[str, Any]) -> None:
         key = f"{self._key(job)}:events"
         fields: dict[Any, Any] = {"name": name, "data": json.dumps({"time": time.time(), **data})}
-        self.client.xadd(key, fields, maxlen=20_000, approximate=True)
-        self.client.expire(key, KEEP_SECONDS)
+        client.xadd(key, fields, maxlen=20_000, approximate=True)
+        client.expire(key, KEEP_SECONDS)
 
     def events(self, job: str, after: str = "0", block_ms: int | None = None) -> Iterator[tuple[str, str, dict[str, Any]]]:
         """(entry id, name, data) after `after`; with `block_ms` waits that long for the first."""

@@ -1,6 +1,7 @@
-"""One episode: act, perturb, step, track the active skill, until success or the chunk limit.
+"""One episode: act, perturb, step, track the active skill, until the chunk limit.
 
-Success ends an episode and stands in reports; what Stage 2 learns from (`Recorded.arrays`) does not contain it.
+Success stands in reports and ends an episode that is only watched or evaluated. It never ends one that Stage 2 learns from, which
+would tell the learner about it by the episode's length; nor does what is recorded (`Recorded.arrays`) contain it.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ def run_episode(
         if request.video:
             recorded.video.extend(frames)
         prompt = online.update(np.clip(states[:, width], 0.0, None))
-        if recorded.success or done:
+        if done or (recorded.success and not request.imagine):
             break
     return recorded
 

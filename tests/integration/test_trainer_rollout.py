@@ -24,8 +24,9 @@ from services.runtime.messages import (
 from services.runtime.rpc import start_server
 from services.runtime.streams import connect, publish, read_all
 from services.trainer.consume import KeptConsumer, StoppingError
+from services.trainer.doors import Simulator
 from services.trainer.ledger import Ledger
-from services.trainer.rollout import Coordinator
+from services.trainer.rollout import Coordinator, Lease
 from services.trainer.settings import TrainerSettings
 from tests.processes import free_port, wait_for
 from tests.trainer_fakes import FakePolicy, FakeSimulator, make_adapters, serving
@@ -69,7 +70,7 @@ def rig(valkey: redis.Redis, tmp_path: Path) -> Iterator[Rig]:
 
 
 def test_an_episode_is_recorded_as_it_was_executed(rig: Rig) -> None:
-    result = rig.run(imagine=True, round=2, version=0)
+    result = rig.run(imagine=True, round=2, version=0, max_chunks=4)
     assert (result.success, result.chunks, result.error, result.round, result.version) == (True, 4, "", 2, 0)
     arrays, metadata = rig.store.get_tensors(result.trajectory), rig.store.get_metadata(result.trajectory)
     assert arrays["frames"].shape == (4, 16, 16, 3) and arrays["states"].shape == (4, 4)
@@ -83,7 +84,23 @@ def test_an_episode_is_recorded_as_it_was_executed(rig: Rig) -> None:
     assert not rest and imagine.id == result.imagine_id and imagine.starts == result.trajectory
     assert [row[0].prompt for row in imagine.skills] == json.loads(metadata["prompts"])
     assert all(len(row) == 1 and row[0].chunks == 1 for row in imagine.skills)
-    assert not rig.simulator.open, "the environment is given back"
+    assert not rig.simulator.open and not rig.client.smembers(rig.coordinator.leases), "the environment is given back"
+
+
+def test_success_ends_an_episode_only_where_nothing_learns_from_it(rig: Rig) -> None:
+    watched, learned = rig.run(id="watched"), rig.run(id="learned", imagine=True, max_chunks=6)
+    assert (watched.success, watched.chunks) == (True, 4)
+    assert (learned.success, learned.chunks) == (True, 6), "the length would tell the learner of success"
+
+
+def test_environments_of_a_killed_coordinator_are_given_back(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:  # a kill: neither the simulator nor Redis hears of the end
+        patch.setattr(Simulator, "close", lambda self: None)
+        patch.setattr(Lease, "returned", lambda self: None)
+        rig.run()
+    assert len(rig.simulator.open) == 1
+    rig.coordinator.return_leases()
+    assert not rig.simulator.open and not rig.client.smembers(rig.coordinator.leases)
 
 
 def test_noise_is_seeded_bounded_and_spares_the_gripper(rig: Rig) -> None:
