@@ -57,7 +57,7 @@ class JobStore:
         return job
 
     def _save(self, job: Job, client: redis.Redis | None = None) -> None:
-        (client or self.client).set(self._key(job.id), job.model_dump_json(), ex=KEEP_SECONDS)
+        (self.client if client is None else client).set(self._key(job.id), job.model_dump_json(), ex=KEEP_SECONDS)
 
     def get(self, job: str) -> Job | None:
         data = self.client.get(self._key(job))
