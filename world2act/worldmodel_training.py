@@ -40,7 +40,7 @@ class VAESettings:
     """steps of `batch` windows of five frames; object_weight: see the module's docstring; still_share: windows that show one
     frame only, as latent 0 does; kl: weight of the posterior's KL per latent element, which keeps the latents smooth."""
 
-    steps: int = 3000
+    steps: int = 2400
     batch: int = 16
     rate: float = 2e-3
     object_weight: float = 24.0
@@ -56,7 +56,7 @@ class TransformerSettings:
     of up to `long_horizon` latents. text_dropout: prompts replaced by '', so that guidance can be used; latent_stride: clips
     begin at every such frame of an episode; averaging: decay of the running average of the weights."""
 
-    steps: int = 2400
+    steps: int = 2000
     short_batch: int = 32
     short_horizon: int = 2
     long_batch: int = 6
@@ -301,6 +301,7 @@ def train_worldmodel(settings: Settings, progress: Progress = no_progress) -> Wo
         "seconds": times,
     }
     model.save(settings.out, card)
+    settings.out.with_suffix(".vae.safetensors").unlink(missing_ok=True)
     settings.out.with_suffix(".md").write_text(worldmodel_metrics.card_text(model, card))
     return model
 
