@@ -23,7 +23,7 @@ from services.runtime.telemetry import configure_logging, redis_check, serve_hea
 from services.worldmodel.client import MAX_ROWS, ImagineClient, Served, TritonFailedError, TritonUnavailableError
 from services.worldmodel.imagination import Imagined, ServedChangedError, Task, imagine, read_task
 from services.worldmodel.settings import WorldModelSettings
-from services.worldmodel.video import encode_mp4
+from world2act.data.video import encode_mp4
 
 log = structlog.get_logger()
 GROUP = "worldmodel"
@@ -146,6 +146,7 @@ class ImaginationWorker:
 
         try:
             results = imagine(tasks, generate, served)
+            stored = [self._store(task, result, served) for task, result in zip(tasks, results, strict=True)]
         except (ServedChangedError, OSError, redis.exceptions.RedisError):
             raise
         except TritonUnavailableError as error:
@@ -165,9 +166,8 @@ class ImaginationWorker:
             else:
                 self._bury(pending, waiting[tasks[0].key], started, f"{type(error).__name__}: {error}")
             return
-        for task, result in zip(tasks, results, strict=True):
-            stored = self._store(task, result, served)
-            self._publish(pending, waiting[task.key], started, served, stored, hit=False)
+        for task, names in zip(tasks, stored, strict=True):
+            self._publish(pending, waiting[task.key], started, served, names, hit=False)
 
     def _recall(self, key: str) -> dict[str, Any] | None:
         """What was stored under `key`, if all its artifacts are still there."""

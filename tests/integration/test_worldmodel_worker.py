@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import subprocess
@@ -15,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import pytest
 import redis
@@ -29,6 +27,7 @@ from services.worldmodel.imagination import row_seed
 from services.worldmodel.worker import GROUP
 from tests.integration.triton_process import ROOT, TritonProcess, running_triton
 from tests.processes import ValkeyProcess, free_port, running_valkey, wait_for
+from world2act.data.video import decode_mp4
 from world2act.models.adapters import Adapters
 from world2act.models.worldmodel import WorldModel
 
@@ -137,8 +136,7 @@ def test_skills_are_chained_as_the_library_does(worker: Worker, triton_server: T
         # A start frame that differs in one rounded level moves the second clip a little.
         np.testing.assert_allclose(tensors["embeddings"][row, : len(embeddings)], embeddings.numpy(), atol=0.02)
         np.testing.assert_allclose(tensors["latents"][row, : len(latents)], latents.numpy(), atol=0.02)
-        with av.open(io.BytesIO(worker.store.get(result.videos[row]))) as container:
-            video = np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
+        video = decode_mp4(worker.store.get(result.videos[row]))
         assert video.shape == decoded.shape
         assert np.abs(video.astype(int) - decoded.numpy()).mean() < 25, "the video shows these frames (noise compresses badly)"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import threading
 import time
 from collections.abc import Sequence
@@ -10,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import pytest
 import redis
@@ -32,7 +30,6 @@ from services.worldmodel.client import Served, TritonFailedError, TritonRefusedE
 from services.worldmodel.imagination import ServedChangedError, Task, imagine, read_task, row_seed
 from services.worldmodel.serving import WorldModelServer, read_call
 from services.worldmodel.settings import WorldModelSettings
-from services.worldmodel.video import encode_mp4
 from services.worldmodel.worker import GROUP, ImaginationWorker
 
 INFO = BackboneInfo("fake", "wm", (4, 4, 3), 2, (1, 1, 2), 4, 24, 10.0)
@@ -403,15 +400,3 @@ def test_bad_inputs_name_the_field(change: dict[str, np.ndarray], message: str) 
 def test_unknown_backbone(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="backbone: 'huge' is unknown; choose one of small"):
         load_backbone("huge", tmp_path, "cpu")
-
-
-def test_mp4_shows_the_frames() -> None:
-    frames = np.zeros((9, 33, 64, 3), np.uint8)
-    frames[..., 0] = (np.arange(9) * 25)[:, None, None]
-    data = encode_mp4(frames, 10)
-    assert data == encode_mp4(frames, 10), "equal frames, equal artifact"
-    with av.open(io.BytesIO(data)) as container:
-        assert container.streams.video[0].average_rate == 10
-        decoded = np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
-    assert decoded.shape == (9, 32, 64, 3)
-    assert np.abs(decoded[..., 0].mean((1, 2)) - np.arange(9) * 25).max() < 12
