@@ -126,6 +126,10 @@ def card_text(model: WorldModel, card: dict[str, Any]) -> str:
     parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
     method = "Regression" if model.config.noise_scale == 0 else "Flow matching"
     command = f"python -m world2act.worldmodel_training --demos DEMOS --out {settings['out']} --seed {settings['seed']}"
+    vae = f"VAE {settings['vae']}"
+    if settings["vae_from"]:
+        command += f" --vae-from {settings['vae_from']}"
+        vae = f"VAE as in {settings['vae_from']}"
     lines = [
         "# Embedded world model",
         "",
@@ -138,7 +142,7 @@ def card_text(model: WorldModel, card: dict[str, Any]) -> str:
         f"  {data['perturbed']} of them with random offsets per chunk; {data['skills']} skill clips;",
         f"  {data['discarded']} episodes discarded by the segmenter",
         f"- command: `{command}`",
-        f"- settings: VAE {settings['vae']}; transformer {settings['transformer']}",
+        f"- settings: {vae}; transformer {settings['transformer']}",
         f"- seconds on {settings['threads']} thread(s), other work on the machine: {card['seconds']}",
         "",
         f"Held out (split `validation`, {data['validation_episodes']} episodes):",
@@ -147,6 +151,7 @@ def card_text(model: WorldModel, card: dict[str, Any]) -> str:
         "|---|---|",
         *[f"| {name} | {value:.4g} |" for name, value in card["metrics"].items()],
         "",
+        "`loss_*`, `vae_*`: running means at the end of training, on its own clips.",
         "`error_vs_copy_at_k`: squared latent error k latents ahead, relative to copying the start latent.",
         "`action_r2_*`: actions read from latent 1 by a small probe, unperturbed episodes; `predicted` reads the imagined",
         "latent, which comes from the start frame alone.",

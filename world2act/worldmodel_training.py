@@ -73,7 +73,8 @@ class TransformerSettings:
 @dataclass(frozen=True)
 class Settings:
     """demos: folder of <split>/<task>.hdf5; out: weights file to write, with a card <name>.md beside it; vae_from: reuse the
-    VAE of this world model; limit: episodes per task; threads: CPU threads."""
+    VAE of this world model; limit: episodes per task; threads: CPU threads; probe_steps: training of the probe that measures
+    how well latents carry actions."""
 
     demos: Path
     out: Path
@@ -84,6 +85,7 @@ class Settings:
     vae_from: Path | None = None
     noise_scale: float = 0.0
     precision: Precision = "auto"
+    probe_steps: int = 600
     vae: VAESettings = field(default_factory=VAESettings)
     transformer: TransformerSettings = field(default_factory=TransformerSettings)
 
@@ -291,9 +293,10 @@ def train_worldmodel(settings: Settings, progress: Progress = no_progress) -> Wo
     model.requires_grad_(False)
     metrics |= worldmodel_metrics.reconstruction(model, held_out.episodes)
     metrics |= worldmodel_metrics.latent_errors(model, held_bank)
-    metrics |= worldmodel_metrics.action_probe(model, bank, held_bank, settings.seed)
+    metrics |= worldmodel_metrics.action_probe(model, bank, held_bank, settings.seed, settings.probe_steps)
     lap("metrics")
-    asked = asdict(settings) | {"demos": settings.demos.name, "out": settings.out.name}
+    vae_from = settings.vae_from and settings.vae_from.name
+    asked = asdict(settings) | {"demos": settings.demos.name, "out": settings.out.name, "vae_from": vae_from}
     card = {
         "data": _describe(cut.episodes, cut.discarded) | {"validation_episodes": len(held_out.episodes)},
         "settings": json.loads(json.dumps(asked, default=str)),

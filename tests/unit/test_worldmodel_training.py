@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from world2act import worldmodel_metrics
-from world2act.behaviour_cloning import Settings, samples_of, shifted, train
+from world2act import worldmodel_metrics, worldmodel_training
+from world2act.behaviour_cloning import Settings, samples_of, shifted, train, train_base
 from world2act.data.clips import CutEpisode, LatentBank
+from world2act.data.robomimic import EpisodeWriter
 from world2act.models.tiny_policy import TinyPolicy, TinyPolicyConfig
 from world2act.models.vae import VAEConfig
 from world2act.models.worldmodel import WorldModel, WorldModelConfig
-from world2act.splits import LeakageError
+from world2act.splits import LeakageError, Split
 from world2act.types import Episode, Skill
 from world2act.worldmodel_training import TransformerSettings, VAESettings, _Windows, train_transformer, train_vae
 
@@ -107,3 +108,42 @@ def test_shift_moves_each_view_by_itself() -> None:
     offsets = {float(moved[row, 0, 32, column] - views[row, 0, 32, column]) for row in range(8) for column in (32, 96)}
     assert len(offsets) > 4
     assert all(abs(offset - 128 * round(offset / 128)) <= 3 and abs(offset) <= 3 * 128 + 3 for offset in offsets)
+
+
+ENV_ARGS = {
+    "env_name": "reach",
+    "simulator": "metaworld",
+    "control_hz": 40.0,
+    "chunk": 4,
+    "cameras": {"primary": 0, "wrist": 1},
+    "gripper_open_width": 0.09,
+    "gripper_width_index": 3,
+}
+
+
+def write_demonstrations(root: Path, split: Split) -> None:
+    with EpisodeWriter(root / split.value / "reach.hdf5", split=split, env_args=ENV_ARGS) as writer:
+        for index in range(2):
+            e = demonstration(split.value, 0.5 - index)
+            writer.write(replace(e, index=index, widths=np.full(9, 0.09, np.float32), instruction="reach the green goal"))
+
+
+def test_whole_recipes_write_weights_and_cards(tmp_path: Path) -> None:
+    for split in (Split.WORLDMODEL, Split.VALIDATION, Split.BASE):
+        write_demonstrations(tmp_path, split)
+    settings = worldmodel_training.Settings(
+        demos=tmp_path,
+        out=tmp_path / "worldmodel.safetensors",
+        vae=VAESettings(steps=1, batch=2, normalising_windows=4),
+        transformer=TransformerSettings(steps=2, short_batch=2, long_batch=2, long_horizon=2, checkpoint_steps=1),
+        probe_steps=2,
+    )
+    model = worldmodel_training.train_worldmodel(settings)
+    loaded = WorldModel.load(settings.out)
+    assert loaded.hash == model.hash and loaded.card["data"]["tasks"] == {"reach": 2}
+    assert {"action_r2_predicted", "error_vs_copy_at_1", "reconstruction_psnr_db"} <= set(loaded.card["metrics"])
+    assert model.hash in (tmp_path / "worldmodel.md").read_text()
+    assert not list(tmp_path.glob("*.vae.safetensors"))
+    policy = train_base(Settings(demos=tmp_path, out=tmp_path / "base.safetensors", steps=2, per_task=1))
+    assert TinyPolicy.load(tmp_path / "base.safetensors").hash == policy.hash
+    assert policy.card["data"] == {"split": "base", "tasks": {"reach": 1}, "samples": 5}
