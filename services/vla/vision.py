@@ -28,7 +28,10 @@ class Vision:
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             raise store.WeightsError(f"{path}: weights and configuration of the VAE do not fit ({reason})") from None
-        self._vae.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # 15 % faster, the same bits
+        self._vae.eval().requires_grad_(False)
+        for parameter in self._vae.encoder.parameters():  # 15 % faster, the same bits
+            if parameter.ndim == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         self.shape = self._vae.config.latent_shape
 
     def encode(self, grids: ImageArray) -> FloatArray:
