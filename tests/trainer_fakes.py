@@ -95,7 +95,8 @@ def recorded_targets(task: str, index: int, n: int) -> Targets:
 class Recorded:
     """Answers rollout and imagine requests with the recorded data, in an order of its own and some of it twice.
 
-    executed: how often each episode was executed; versions: the policy version asked for each.
+    executed: how often each episode was executed; versions: round and policy version asked for each; stopping: whether any
+    request would have let success end its episode.
     """
 
     def __init__(
@@ -107,7 +108,7 @@ class Recorded:
         self.duplicates, self.pause = duplicates, pause
         self.executed: Counter[str] = Counter()
         self.versions: dict[str, tuple[int, int]] = {}
-        self.split = "posttrain"
+        self.split, self.stopping = "posttrain", False
         self._stop = threading.Event()
         self._threads = [threading.Thread(target=target, daemon=True) for target in (self._rollouts, self._imagines)]
 
@@ -138,6 +139,7 @@ class Recorded:
         started = time.time()
         self.executed[request.id] += 1
         self.versions[request.id] = (request.round, request.version)
+        self.stopping |= request.stop_at_success
         trajectory = recorded_trajectory(request.task, request.index, request.id, self.split, request.version)
         arrays = {name: getattr(trajectory, name) for name in ("frames", "states", "base", "executed")}
         metadata = {
@@ -267,7 +269,7 @@ class FakePolicy(PolicyServicer):
     """base 0.1 everywhere, residual 0.01 * version; a version must be loaded before it acts."""
 
     def __init__(self, adapters_hash: str = "") -> None:
-        self.adapters_hash = adapters_hash
+        self.adapters_hash, self.worldmodel_hash = adapters_hash, WORLDMODEL_HASH
         self.loaded: dict[tuple[str, int], str] = {}
         self.acted: list[tuple[str, int]] = []
 
@@ -278,7 +280,7 @@ class FakePolicy(PolicyServicer):
         return policy_pb2.PolicyDescribeReply(
             policy="fake",
             base_hash=BASE_HASH,
-            worldmodel_hash=WORLDMODEL_HASH,
+            worldmodel_hash=self.worldmodel_hash,
             adapters_hash=self.adapters_hash,
             state_size=4,
             action_size=4,

@@ -24,14 +24,14 @@ from world2act.types import Trajectory
 
 
 class Collector(threading.Thread):
-    """Runs until `close`. The learner calls `wait(round)`, reads `records`, and raises `version` when it has published one."""
+    """Runs until `close`. The learner calls `wait(round)` and `take(episode)`, and raises `version` when it has published one."""
 
     def __init__(self, context: JobContext, flow: Flow, adapters: Adapters, settings: Stage2Settings, namespace: str) -> None:
         super().__init__(daemon=True, name=f"collector-{context.id}")
         self.context, self.flow, self.adapters, self.stage2, self.namespace = context, flow, adapters, settings, namespace
         self.adapters_hash = adapters.hash
         self.version = 0
-        self.records: dict[str, tuple[EpisodeSpec, Trajectory, Targets]] = {}
+        self.records: dict[str, tuple[Trajectory, Targets] | None] = {}  # None: taken
         self.error: Exception | None = None
         self._changed = threading.Condition()
         self._closed = threading.Event()
@@ -50,6 +50,12 @@ class Collector(threading.Thread):
                 if all(spec.key in self.records for spec in self.flow.specs if spec.round <= round_):
                     return
                 self._changed.wait(0.3)
+
+    def take(self, spec: EpisodeSpec) -> tuple[Trajectory, Targets] | None:
+        """What `spec` brought, once: its frames need not stay in memory after the data set has what it reads of them."""
+        found = self.records[spec.key]
+        self.records[spec.key] = None
+        return found
 
     def close(self) -> None:
         """Stop asking and taking."""
@@ -93,6 +99,7 @@ class Collector(threading.Thread):
             seed=int(spec.key, 16),
             round=spec.round,
             imagine=self.stage2.target == "closed-loop",
+            stop_at_success=False,
         )
 
     def _executed(self, result: RolloutResult) -> None:
@@ -155,7 +162,7 @@ class Collector(threading.Thread):
         times = {"started": answer.started, "finished": answer.finished}
         self.context.event("imagined", progress.spec.key, {**data, **times})
         metrics.COUNTED.inc()
-        self.records[progress.spec.key] = (progress.spec, trajectory, targets)
+        self.records[progress.spec.key] = (trajectory, targets)
 
     def _trajectory(self, result: RolloutResult) -> Trajectory:
         """What Stage 2 may see of an episode: neither reward nor success."""

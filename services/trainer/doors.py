@@ -34,9 +34,10 @@ BROKEN = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
 
 
 class Simulator:
-    """One leased environment. Images come back as the stitched camera grid."""
+    """One leased environment. Images come back as the stitched camera grid. `leased(env_id)` hears of a new lease."""
 
-    def __init__(self, channel: grpc.Channel) -> None:
+    def __init__(self, channel: grpc.Channel, leased: Callable[[str], None] = lambda env_id: None) -> None:
+        self.leased = leased
         self.stub: Any = SimulatorStub(channel)  # type: ignore[no-untyped-call]
         self.spec: Any = self.stub.Describe(simulator_pb2.DescribeRequest(), timeout=SECONDS)
         self.cells = {camera.name: camera.cell for camera in self.spec.cameras}
@@ -57,6 +58,7 @@ class Simulator:
         request = simulator_pb2.ResetRequest(env_id=self.env_id, task=task, split=split, index=index, wait_seconds=wait)
         reply = self.stub.Reset(request, timeout=SECONDS + wait)
         self.env_id = reply.env_id
+        self.leased(self.env_id)
         self.images = {name: from_tensor(image, f"images[{name}]") for name, image in reply.images.items()}
         return np.array(from_tensor(reply.state, "state"), np.float32), str(reply.instruction)
 

@@ -105,7 +105,7 @@ def run_episode(
         if request.video:
             recorded.video.extend(frames)
         prompt = online.update(np.clip(states[:, width], 0.0, None))
-        if done or (recorded.success and not request.imagine):
+        if done or (recorded.success and request.stop_at_success):
             break
     return recorded
 

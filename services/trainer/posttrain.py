@@ -127,8 +127,9 @@ class Posttrain:
         """Round `number`: add what belongs to it, train, publish with a checkpoint."""
         started = time.time()
         for spec in self.specs:
-            if spec.round <= number:  # what later rounds have collected already must not change this one
-                data.add(*collector.records[spec.key])
+            # What later rounds have collected already must not change this one.
+            if spec.round <= number and (found := collector.take(spec)) is not None:
+                data.add(spec, *found)
         if self.learner is None:
             self.learner = self._make_learner(data)
             if checkpoint:

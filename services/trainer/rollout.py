@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
+from typing import Any, cast
 
 import grpc
 import numpy as np
@@ -12,7 +14,9 @@ import safetensors.numpy
 import structlog
 
 from services.runtime.artifacts import ArtifactStore
-from services.runtime.jobs import JobStore
+from services.runtime.generated.simulator_pb2 import CloseRequest
+from services.runtime.generated.simulator_pb2_grpc import SimulatorStub
+from services.runtime.jobs import ENDED, JobStore
 from services.runtime.messages import ROLLOUT_REQUESTS, ImagineRequest, RolloutRequest, RolloutResult
 from services.runtime.rpc import connect_channel, healthy
 from services.runtime.streams import backlog, connect
@@ -31,7 +35,7 @@ BROKEN_TRIES = 3
 
 
 class CancelledError(Exception):
-    """The episode's job was cancelled while the episode waited."""
+    """The episode's job was cancelled, or ended, before the episode could run."""
 
 
 def action_std(settings: TrainerSettings, size: int) -> FloatArray:
@@ -50,6 +54,21 @@ def action_std(settings: TrainerSettings, size: int) -> FloatArray:
     return std
 
 
+class Lease:
+    """Remembers an environment in Redis while it is held, so that it can be given back if this process is killed."""
+
+    def __init__(self, client: redis.Redis, key: str, address: str) -> None:
+        self.client, self.key, self.address, self.member = client, key, address, ""
+
+    def taken(self, env_id: str) -> None:
+        self.member = f"{self.address}|{env_id}"
+        self.client.sadd(self.key, self.member)
+
+    def returned(self) -> None:
+        if self.member:
+            self.client.srem(self.key, self.member)
+
+
 class Coordinator:
     """Executes requests; any number of threads and processes may do so at once."""
 
@@ -58,6 +77,7 @@ class Coordinator:
         self.ledger = Ledger(client)
         self.jobs = JobStore(client)
         self.artifacts = ArtifactStore(settings.artifacts_url)
+        self.leases = f"w2a:leases:rollout:{settings.instance}"
 
     def handle(self, request: RolloutRequest, worker: int = 0) -> None:
         """Execute and publish `request` unless its result is already there. Raises StoppingError when asked to stop."""
@@ -100,7 +120,8 @@ class Coordinator:
         while True:
             if self.stop.is_set():
                 raise StoppingError
-            if self.jobs.cancelled(request.job):
+            job = self.jobs.get(request.job)
+            if self.jobs.cancelled(request.job) or (job is not None and job.status in ENDED):
                 raise CancelledError
             started = time.time()
             try:
@@ -121,12 +142,22 @@ class Coordinator:
         # Channels live for one attempt: a channel to a door that died waits ever longer before it connects again.
         addresses = self.settings.simulators()
         with connect_channel(addresses[turn % len(addresses)]) as sim, connect_channel(self.settings.vla()) as vla:
-            simulator, policy = Simulator(sim), Policy(vla, self.ledger.artifact)
+            lease = Lease(self.client, self.leases, addresses[turn % len(addresses)])
+            simulator, policy = Simulator(sim, lease.taken), Policy(vla, self.ledger.artifact)
             std = action_std(self.settings, len(simulator.spec.action)) if request.noise else np.zeros_like(simulator.high)
             try:
                 return run_episode(request, simulator, policy, version, std, self.settings.environment_wait)
             finally:
                 simulator.close()
+                lease.returned()
+
+    def return_leases(self) -> None:
+        """Give back what a process of this name held when it was killed: its environments would stay taken until they expire."""
+        for address, env_id in (str(member).split("|", 1) for member in cast(Any, self.client.smembers(self.leases))):
+            with contextlib.suppress(grpc.RpcError), connect_channel(address) as channel:
+                stub: Any = SimulatorStub(channel)  # type: ignore[no-untyped-call]
+                stub.Close(CloseRequest(env_ids=[env_id]), timeout=5)
+        self.client.delete(self.leases)
 
     def buried(self, payload: str, error: str) -> None:
         """A request that went to the dead letters still gets an answer: its job must not wait for it."""
@@ -189,6 +220,8 @@ def serve(settings: TrainerSettings, stop: threading.Event) -> None:
                 log.exception("worker starts again", worker=number)
                 stop.wait(1.0)
 
+    with contextlib.suppress(StoppingError):
+        persist(coordinator.return_leases, stop)
     threads = [threading.Thread(target=work, args=(i,), name=f"rollout-{i}") for i in range(settings.rollout_workers)]
     for thread in threads:
         thread.start()

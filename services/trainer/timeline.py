@@ -24,17 +24,15 @@ def active(intervals: Iterable[Interval]) -> float:
 
 
 def summary(parts: Mapping[str, list[Interval]], wall: float) -> dict[str, object]:
-    """`seconds`: busy seconds per part and the wall time; `active`: seconds in which a part did anything.
+    """`seconds`: per part the seconds in which it did anything, and the wall time; `worker_seconds`: sums over its workers.
 
-    overlap: sum of busy seconds over wall time (what one after the other would have taken, relative to what it took);
-    parts_overlap: the same with `active`, so that parallel episodes of one part do not count as overlap.
+    overlap: the parts' seconds added up, over the wall time: 1 is one part after the other without a pause, 3 all of three
+    parts all the time. Episodes that run side by side within a part do not raise it.
     """
-    seconds = {name: round(busy(intervals), 3) for name, intervals in parts.items()}
-    alone = {name: round(active(intervals), 3) for name, intervals in parts.items()}
+    seconds = {name: round(active(intervals), 3) for name, intervals in parts.items()}
     wall = max(wall, 1e-9)
     return {
         "seconds": {**seconds, "wall": round(wall, 3)},
-        "active": alone,
+        "worker_seconds": {name: round(busy(intervals), 3) for name, intervals in parts.items()},
         "overlap": round(sum(seconds.values()) / wall, 3),
-        "parts_overlap": round(sum(alone.values()) / wall, 3),
     }

@@ -88,7 +88,7 @@ def test_an_episode_is_recorded_as_it_was_executed(rig: Rig) -> None:
 
 
 def test_success_ends_an_episode_only_where_nothing_learns_from_it(rig: Rig) -> None:
-    watched, learned = rig.run(id="watched"), rig.run(id="learned", imagine=True, max_chunks=6)
+    watched, learned = rig.run(id="watched"), rig.run(id="learned", stop_at_success=False, max_chunks=6)
     assert (watched.success, watched.chunks) == (True, 4)
     assert (learned.success, learned.chunks) == (True, 6), "the length would tell the learner of success"
 

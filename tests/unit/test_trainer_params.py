@@ -116,5 +116,5 @@ def test_active_seconds_are_those_in_which_something_ran(spans: list[tuple[int, 
 
 def test_overlap_of_parts() -> None:
     found = timeline.summary({"execution": [(0, 4), (0, 4)], "optimisation": [(2, 6)]}, 6.0)
-    assert found["overlap"] == 2.0 and found["parts_overlap"] == round(8 / 6, 3)
-    assert found["seconds"] == {"execution": 8, "optimisation": 4, "wall": 6.0}
+    assert found["overlap"] == round(8 / 6, 3) and found["worker_seconds"] == {"execution": 8, "optimisation": 4}
+    assert found["seconds"] == {"execution": 4, "optimisation": 4, "wall": 6.0}
