@@ -41,6 +41,7 @@ class Simulator:
         self.stub: Any = SimulatorStub(channel)  # type: ignore[no-untyped-call]
         self.spec: Any = self.stub.Describe(simulator_pb2.DescribeRequest(), timeout=SECONDS)
         self.cells = {camera.name: camera.cell for camera in self.spec.cameras}
+        self.used_rows = max(camera.height * (1 + camera.cell // 2) for camera in self.spec.cameras)
         self.low = np.array([axis.low for axis in self.spec.action], np.float32)
         self.high = np.array([axis.high for axis in self.spec.action], np.float32)
         self.env_id = ""

@@ -26,12 +26,13 @@ PERTURBED_AXES = 3
 
 @dataclass
 class Recorded:
-    """What an episode of n chunks left; shapes as in world2act.types.Trajectory. `video`: every frame, if it was asked for."""
+    """What an episode of n chunks left; shapes as in world2act.types.Trajectory. `video`: every frame, if it was
+    asked for, of which the upper `video_rows` rows show a camera."""
 
     instruction: str = ""
     version: int = 0
     success: bool = False
-    control_hz: float = 10.0
+    video_rows: int = 0
     frames: list[ImageArray] = field(default_factory=list)
     states: list[FloatArray] = field(default_factory=list)
     base: list[FloatArray] = field(default_factory=list)
@@ -82,7 +83,7 @@ def run_episode(
     limit = simulator.max_chunks(request.task)
     if request.max_chunks:
         limit = min(limit, request.max_chunks)
-    recorded = Recorded(version=version, control_hz=simulator.spec.control_hz)
+    recorded = Recorded(version=version, video_rows=simulator.used_rows)
     state, recorded.instruction = simulator.reset(request.task, request.split, request.index, wait)
     width = simulator.spec.gripper_width_index
     online = OnlineSkill(RuleBasedPlanner().plan(recorded.instruction, request.task), calibration(simulator.spec))
@@ -110,8 +111,8 @@ def run_episode(
     return recorded
 
 
-def store(artifacts: ArtifactStore, request: RolloutRequest, recorded: Recorded) -> RolloutResult:
-    """Write trajectory and video; the result that names them (times are still zero)."""
+def store(artifacts: ArtifactStore, request: RolloutRequest, recorded: Recorded, fps: int) -> RolloutResult:
+    """Write trajectory and video (one frame an action, `fps` a second); the result that names them (times are still zero)."""
     metadata = {
         "task": request.task,
         "split": request.split,
@@ -124,7 +125,7 @@ def store(artifacts: ArtifactStore, request: RolloutRequest, recorded: Recorded)
     name = artifacts.put_tensors(recorded.arrays(), metadata)
     video = ""
     if request.video:
-        video = artifacts.put(encode_mp4(np.stack(recorded.video), max(1, round(recorded.control_hz))), "mp4")
+        video = artifacts.put(encode_mp4(np.stack(recorded.video)[:, : recorded.video_rows], fps), "mp4")
     return RolloutResult(
         id=request.id,
         job=request.job,

@@ -90,7 +90,7 @@ class Coordinator:
         imagine: ImagineRequest | None = None
         try:
             started, recorded = self._execute(request, worker)
-            result = store(self.artifacts, request, recorded)
+            result = store(self.artifacts, request, recorded, self.settings.video_fps)
             if request.imagine:
                 steps, guidance = self.settings.imagine_steps, self.settings.imagine_guidance
                 imagine = closed_loop(request.job, result.trajectory, recorded.prompts, request.horizon, steps, guidance)
