@@ -197,6 +197,8 @@ class Running:
         monkeypatch.setattr(worker_module, "FAILED_SECONDS", 0.01)
         self.client, self.store, self.fake, self.stop = client, store, FakeTriton(), threading.Event()
         self.worker = ImaginationWorker(client, store, self.fake, WorldModelSettings())  # type: ignore[arg-type]
+        fetch = self.worker.consumer.fetch
+        monkeypatch.setattr(self.worker.consumer, "fetch", lambda count: fetch(count, block_ms=50))  # tests end sooner
         self.thread = threading.Thread(target=self.worker.run, args=(self.stop,))
 
     def ask(self, name: str, *rows: Sequence[tuple[str, int]], first: int = 0, **fields: Any) -> None:
