@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import redis
 import torch
@@ -198,11 +199,17 @@ def test_killed_triton_loses_and_doubles_nothing(
         running_triton(triton_server.zoo, tmp_path / "run") as triton,
         running_worker(valkey, valkey_server.url, triton.address, tmp_path) as worker,
     ):
-        worker.ask("long", grids(64), [[("reach", 4)]] * 64, steps=40)
+        assert triton.process is not None
+        backends = [p for p in psutil.Process(triton.process.pid).children(recursive=True) if "stub" in p.name()]
+        for backend in backends:
+            backend.suspend()  # so that the request is surely in the middle of its computation
+        worker.ask("long", grids(2), [[("reach", 2)]] * 2)
         wait_for(lambda: valkey.xpending(IMAGINE_REQUESTS, GROUP)["pending"] == 1, 60, "request taken")
         time.sleep(0.5)
         triton.kill()
-        assert worker.results() == [], "the request was done before the kill: this test shows nothing"
+        for backend in backends:
+            backend.kill()
+        assert worker.results() == []
         worker.ask("short", grids(2), [[("reach", 1)]] * 2)
         wait_for(lambda: worker.get("readyz")[0] == 503, 20, "not ready")
         failed = json.loads(worker.get("readyz")[1])["failed"]
