@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import redis
 
@@ -23,6 +24,10 @@ from services.trainer.rollout import Coordinator
 from services.trainer.settings import TrainerSettings
 from tests.processes import running_valkey, wait_for
 from tests.trainer_fakes import FakePolicy, FakeSimulator, Recorded, make_adapters, serving
+from tests.vla_server import make_zoo
+from world2act.models.adapters import Adapters
+from world2act.splits import Split
+from world2act.types import Clip, M
 
 pytestmark = pytest.mark.integration
 
@@ -186,3 +191,29 @@ def test_redis_killed_under_a_job(tmp_path: Path) -> None:
         assert found.status == "succeeded", found.error
         assert len(found.result["episodes"]) == 60 == rig.client.hlen(finished_key(job.id))
         assert rig.client.xlen(f"w2a:trajectories:{job.id}") == 60
+
+
+def test_stage1_trains_adapters_that_load(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random world model, synthetic clips instead of demonstration files: the job's own part, not the method."""
+    folder = rig.settings.zoo
+    worldmodel = make_zoo(folder).worldmodel
+    (folder / "data" / "demos").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+
+    def clips(root: Path, split: Split) -> Iterator[Clip]:
+        assert root == (folder / "data" / "demos").resolve()
+        for index in range(17):
+            frames = rng.integers(0, 255, (1 + M, 128, 128, 3)).astype(np.uint8)
+            actions = rng.uniform(-1, 1, (1, M, 4)).astype(np.float32)
+            yield Clip("reach", "reach the goal", frames, actions, np.ones(1, bool), split.value, index)
+
+    monkeypatch.setattr("world2act.stage1.read_clips", clips)
+    job = rig.run("stage1", demos="demos", steps=3, seed=2)
+    assert job.status == "succeeded", job.error
+    path = folder / "made.safetensors"
+    path.write_bytes(ArtifactStore(rig.settings.artifacts_url).get(job.result["artifact"]))
+    adapters = Adapters.load(path)
+    adapters.check_worldmodel(worldmodel)
+    assert adapters.hash == job.result["hash"] and adapters.card["seed"] == 2
+    assert job.result["clips"] == {"worldmodel": 17, "validation": 17} and len(job.result["history"]) == 3
+    assert [data["step"] for _, name, data in rig.jobs.events(job.id) if name == "metrics"] == [1, 2, 3]
