@@ -91,7 +91,9 @@ def segment(demo: Demo, folder: Path) -> None:
     episodes = []
     for task in TASKS:
         found = work.segment(demo.gateway, demo.console, None, folder / f"{task}.hdf5", None)
-        work.show_segments(found, demo.console)
+        for e in found["episodes"]:
+            cut = "; ".join(f"{s['prompt']} ({s['start']}-{s['end']})" for s in e["skills"])
+            demo.console.print(f"{task} {e['demo']}: {cut or e['discarded']}")
         episodes += [{"task": task, **e} for e in found["episodes"]]
     episodes.sort(key=lambda e: -len(e["skills"]))
     demo.record["segmentation"] = episodes
@@ -103,7 +105,9 @@ def roll_out(demo: Demo) -> None:
     for task in SHOWN:
         body = {"task": task, "split": "posttrain", "indices": [0, 1], "mode": "both", "version": 0, "video": True}
         result, _ = demo.job("rollout", body, f"imagine and execute {task}")
-        work.show_rollouts(result, demo.console)
+        for r in result["rollouts"]:
+            outcome = "success" if r["success"] else "no success"
+            demo.console.print(f"{task} {r['index']}: imagined {', '.join(r['skills'])}; executed by the base policy: {outcome}")
         rollouts += result["rollouts"]
     demo.record["rollouts"] = rollouts
 

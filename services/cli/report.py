@@ -23,7 +23,7 @@ main{max-width:980px;margin:0 auto;padding:28px 18px}h1{font-size:25px;margin:0 
 section{background:#fff;border:1px solid #e1e7ee;border-radius:10px;padding:18px 20px;margin:16px 0}
 .lead{color:#51606f;margin:0 0 10px}.big{font-size:21px;font-weight:600}table{border-collapse:collapse;width:100%;font-size:14px}
 th,td{text-align:left;padding:4px 10px 4px 0;border-bottom:1px solid #edf1f5;vertical-align:top}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
-.videos{display:grid;grid-template-columns:repeat(auto-fill,minmax(290px,1fr));gap:14px}
+.videos{display:grid;grid-template-columns:1fr 1fr;gap:14px}
 figure{margin:0}video{width:100%;image-rendering:pixelated;border-radius:6px;background:#000}figcaption{font-size:13px;color:#51606f}
 svg{max-width:100%;height:auto}.row{display:flex;flex-wrap:wrap;gap:16px;align-items:flex-start}.good{color:#18794e}.bad{color:#b42318}
 """

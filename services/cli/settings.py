@@ -28,7 +28,7 @@ class CliSettings(CommonSettings):
     gateway_url: str = Field("", description="gateway to talk to; empty: http://host:gateway_port")
     gateway_token: SecretStr = Field(SecretStr(""), description="bearer token of the gateway, if it wants one")
     gateway_token_file: Path | None = Field(None, description="file that holds the token instead")
-    port_offset: int = Field(0, ge=0, le=40_000, description="`world2act` adds this to every default port, so that two can run")
+    port_offset: int = Field(0, ge=0, le=15_000, description="`world2act` adds this to every default port, so that two can run")
     start_timeout_s: float = Field(300.0, gt=0, description="`world2act up` gives up when a service is not ready within this")
 
     @classmethod

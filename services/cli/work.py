@@ -66,7 +66,7 @@ def _url(artifact: str | None) -> str:
 
 def rate(cell: dict[str, Any]) -> str:
     """A success rate with its Wilson 95 % interval."""
-    return f"{cell['rate']:.3f} [{cell['low']:.3f}, {cell['high']:.3f}]"
+    return f"{cell['rate']:.2f} [{cell['low']:.2f}, {cell['high']:.2f}]"
 
 
 def show_evaluation(result: Result, console: Console) -> None:

@@ -191,7 +191,7 @@ def test_evaluate_takes_the_newest_run_and_prints_its_table() -> None:
     with gateway(answers) as g:
         work.run_job(g, Console(file=out, width=120), "evaluate", {"tasks": ["reach"], "namespace": None}, wait=True)
     assert json.loads(answers.calls[1].content)["namespace"] == "n"
-    for text in ("reach", "0.500 [0.200, 0.800]", "1.000", "+2", "-0", "n/2 against base"):
+    for text in ("reach", "0.50 [0.20, 0.80]", "1.00", "+2", "-0", "n/2 against base"):
         assert text in out.getvalue()
 
 

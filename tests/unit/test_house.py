@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -63,5 +64,6 @@ def test_shipped_weights_are_small_and_have_cards() -> None:
     assert sum(w.stat().st_size for w in weights) <= 40_000_000
     for file in weights:
         card = file.with_suffix(".md").read_text()
-        for word in ("what", "data", "command", "seed", "metrics"):
+        for word in ("sha256", "data:", "command:", "--seed", "seconds"):
             assert word in card.lower(), f"{file.stem}.md does not say its {word}"
+        assert hashlib.sha256(file.read_bytes()).hexdigest() in card, f"{file.stem}.md is of other weights"
