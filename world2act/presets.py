@@ -39,8 +39,8 @@ class Stage1Weights:
     action: float = 1.0
     video: float = 1.0
     noisy: float = 1.0
-    contrastive: float = 1.0
-    cosine: float = 1.0
+    contrastive: float = 0.1
+    cosine: float = 0.1
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Stage1Settings:
     optimiser: Optimiser = field(default_factory=Optimiser)
     contrastive: Contrastive = field(default_factory=Contrastive)
     weights: Stage1Weights = field(default_factory=Stage1Weights)
-    steps: int = 2000
+    steps: int = 1200
     batch: int = 24
     hard_ratio: float = 0.25
     window: int = 14

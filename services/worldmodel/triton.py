@@ -146,6 +146,8 @@ def environment(settings: WorldModelSettings) -> dict[str, str]:
     libraries = [str(sysconfig.get_config_var("LIBDIR")), str(_wheel() / "nvidia_pytriton.libs")]
     env["LD_LIBRARY_PATH"] = os.pathsep.join([*libraries, *filter(None, [env.get("LD_LIBRARY_PATH")])])
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *(p for p in sys.path if p.endswith(("site-packages", "dist-packages")))])
+    # The stub's embedded interpreter takes its prefix from the first python3 on PATH: it must be this environment's.
+    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), *filter(None, [env.get("PATH")])])
     env["W2A_ZOO"] = str(settings.zoo.resolve())
     env["W2A_BACKBONE"] = settings.backbone
     env["W2A_TORCH_THREADS"] = env["OMP_NUM_THREADS"] = str(settings.torch_threads)

@@ -47,7 +47,7 @@ def settings_on_free_ports(folder: Path) -> CliSettings:
     """Settings whose every port is free, everything in `folder`."""
     for _ in range(50):
         values = {"run_dir": folder / "run", "zoo": folder / "zoo", "artifacts_url": f"file://{folder}/artifacts"}
-        settings = CliSettings(port_offset=random.randrange(10_000, 40_000, 10), **values).shifted()
+        settings = CliSettings(port_offset=random.randrange(1_000, 15_000, 10), **values).shifted()
         if not busy_ports(service_specs(settings), settings.host):
             return settings
     raise AssertionError("no free ports")

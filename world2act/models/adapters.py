@@ -27,7 +27,8 @@ class AdapterSettings:
     """Shapes and the two places where `default` leaves the paper.
 
     pool: "average" is the paper's AdaptiveAvgPool(1, 1); "flatten" keeps a coarse grid, so that *where* something moves
-    survives. unit: embeddings have length sqrt(D), so that D_a sees E_v's and E_a's at one scale.
+    survives; pool_grid (2, 4) is 2x2 for each of two cameras side by side. unit: embeddings have length sqrt(D), so that D_a
+    sees E_v's and E_a's at one scale.
     """
 
     channels: int = 16
@@ -35,7 +36,7 @@ class AdapterSettings:
     chunk: int = types.M
     size: int = types.D
     pool: Literal["average", "flatten"] = "flatten"
-    pool_grid: tuple[int, int] = (2, 2)
+    pool_grid: tuple[int, int] = (2, 4)
     unit: bool = True
 
     def __post_init__(self) -> None:
