@@ -140,7 +140,7 @@ def card_text(model: WorldModel, card: dict[str, Any]) -> str:
         f"- weights: sha256 `{model.hash}`, float32, parameters {parameters}",
         f"- data: split `{data['split']}`, scripted experts, episodes per task {data['tasks']},",
         f"  {data['perturbed']} of them with random offsets per chunk; {data['skills']} skill clips;",
-        f"  {data['discarded']} episodes discarded by the segmenter",
+        f"  {data['discarded']} episodes that the segmenter discards are used with the skills that were active while they ran",
         f"- command: `{command}`",
         f"- settings: {vae}; transformer {settings['transformer']}",
         f"- seconds on {settings['threads']} thread(s), other work on the machine: {card['seconds']}",

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from world2act.data import clips
-from world2act.data.clips import CutEpisode, LatentBank, cut_clips, median_first_frames, read_cut
-from world2act.segmentation import Segmentation
+from world2act.data.clips import CutEpisode, LatentBank, cut_clips, lived_skills, median_first_frames, read_cut
+from world2act.segmentation import Segmentation, segment_episode
 from world2act.splits import LeakageError, Split
 from world2act.types import Episode, Skill
 
@@ -87,7 +87,17 @@ def test_cut_clips_takes_frames_and_actions_by_the_same_indices() -> None:
     assert second.frames[:, 0, 0, 0].tolist() == list(range(4, 13)) and second.frames[0, 0, 64, 0] == 20
     assert second.actions.reshape(8, 4).tolist() == e.actions[4:12].tolist()
     assert (second.prompt, second.split, second.index, second.mask.tolist()) == ("b", "worldmodel", 3, [True, True])
-    assert cut_clips(e, Segmentation((), "too short", (), ())) == []
+    assert cut_clips(replace(e, actions=e.actions[:3]), Segmentation((), "too short", (), ())) == []
+
+
+def test_a_missed_grasp_is_cut_as_the_policy_would_have_lived_it() -> None:
+    widths = np.array([0.088] * 9 + [0.05] + [0.035] * 4 + [0.015] * 8 + [0.06] + [0.088] * 6, np.float32)  # slips off, opens again
+    e = replace(episode(), task="pick-place", instruction="pick up the puck and place it at the green goal", widths=widths)
+    e = replace(e, actions=np.zeros((28, 4), np.float32), images={k: np.zeros((29, 64, 64, 3), np.uint8) for k in e.images})
+    assert segment_episode(e).discarded is not None
+    found = [(s.prompt.split()[0], s.start, s.end) for s in lived_skills(e)]
+    assert found == [("pick", 0, 12), ("place", 12, 16), ("pick", 16, 28)]
+    assert [len(clip.mask) for clip in cut_clips(e)] == [3, 1, 3]
 
 
 def test_read_cut_refuses_other_splits_and_counts_discards(monkeypatch: pytest.MonkeyPatch) -> None:

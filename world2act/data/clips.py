@@ -9,7 +9,7 @@ the skill's end is masked out.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from world2act.console import Progress, no_progress
 from world2act.data import robomimic
 from world2act.data.grid import stitch
 from world2act.models.vae import VideoVAE, to_float
-from world2act.segmentation import Segmentation, segment_episode
+from world2act.segmentation import OnlineSkill, RuleBasedPlanner, Segmentation, segment_episode
 from world2act.splits import Split
 from world2act.types import Clip, Episode, FloatArray, ImageArray, M, Skill
 
@@ -30,10 +30,27 @@ def camera_grid(episode: Episode, cells: dict[str, int] | None = None) -> ImageA
     return stitch(episode.images, cells or {"primary": 0, "wrist": 1})
 
 
+def lived_skills(episode: Episode) -> tuple[Skill, ...]:
+    """The skills that a running policy would have been given, chunk by chunk (`OnlineSkill`), equal neighbours joined.
+
+    For episodes that the segmenter discards because a step is missing: a missed grasp and what follows it is just what a world
+    model must have seen to be asked about it in closed loop.
+    """
+    online = OnlineSkill(RuleBasedPlanner().plan(episode.instruction, episode.task))
+    prompts = [online.update(episode.widths[max(0, t - M + 1) : t + 1]) for t in range(0, len(episode.actions) - M + 1, M)]
+    skills: list[Skill] = []
+    for number, prompt in enumerate(prompts):
+        if skills and skills[-1].prompt == prompt:
+            skills[-1] = replace(skills[-1], end=M * (number + 1))
+        else:
+            skills.append(Skill(prompt, M * number, M * (number + 1), "as seen while it ran"))
+    return tuple(skills)
+
+
 def cut_clips(episode: Episode, segmentation: Segmentation | None = None) -> list[Clip]:
-    """An episode's skills as clips of whole chunks; none when the segmenter discarded it."""
-    skills = (segmentation or segment_episode(episode)).skills
-    grid = camera_grid(episode) if skills else np.zeros(0, np.uint8)
+    """An episode's skills as clips of whole chunks; where the segmenter discards it, the skills as it lived them."""
+    skills = (segmentation or segment_episode(episode)).skills or lived_skills(episode)
+    grid = camera_grid(episode)
     return [_clip(episode, grid, skill) for skill in skills]
 
 
@@ -60,7 +77,7 @@ class CutEpisode:
 
 @dataclass(frozen=True)
 class Cut:
-    """Episodes that the segmenter accepted, and how many it discarded."""
+    """Episodes, and how many of them the segmenter discarded (their skills are as they lived them)."""
 
     episodes: list[CutEpisode]
     discarded: int
@@ -84,7 +101,9 @@ def read_cut(
         skills = segment_episode(episode).skills
         if not skills:
             discarded += 1
-            continue
+            skills = lived_skills(episode)
+        if not skills:
+            continue  # shorter than a chunk
         perturbed = episode.meta.get("perturbed") == "true"
         frames = np.ascontiguousarray(camera_grid(episode)[:, :rows])
         episodes.append(CutEpisode(episode.task, episode.split, episode.index, perturbed, frames, episode.actions, skills))
