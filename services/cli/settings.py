@@ -34,7 +34,7 @@ class CliSettings(CommonSettings):
     @classmethod
     def load(cls) -> Self:
         """From the environment, with the offset applied to every port that was not set by hand."""
-        return cls().shifted()  # type: ignore[call-arg]
+        return cls().shifted()
 
     def shifted(self) -> Self:
         """A copy whose door ports and embedded Redis have their final ports."""

@@ -148,7 +148,8 @@ class Supervisor:
             end_leftovers(self.run_dir)
             busy = busy_ports((s.spec for s in self.services.values()), self.host)
             if busy:
-                raise SupervisorError("; ".join(busy))
+                more = f"; and {len(busy) - 3} ports more" if len(busy) > 3 else ""
+                raise SupervisorError("; ".join(busy[:3]) + more)
             for name in self.services:
                 (self.logs / f"{name}.log").write_bytes(b"")
         except BaseException:

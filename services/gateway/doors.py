@@ -99,7 +99,7 @@ class Doors:
         for address in addresses:
             with connect_channel(address) as channel:
                 try:
-                    reply = SimulatorStub(channel).Describe(DescribeRequest(), timeout=self.settings.check_timeout_s)
+                    reply = SimulatorStub(channel).Describe(DescribeRequest(), timeout=self.settings.check_timeout_s)  # type: ignore[no-untyped-call]
                 except grpc.RpcError:
                     continue
                 return [task.name for task in reply.tasks]

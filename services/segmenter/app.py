@@ -73,7 +73,7 @@ def make_app(settings: SegmenterSettings) -> Celery:
         },
     )
 
-    @app.task(
+    @app.task(  # type: ignore[untyped-decorator]
         name=TASK,
         typing=False,
         resultrepr_maxsize=64,  # a result holds a series, which is not for the log

@@ -23,7 +23,7 @@ def tolerant_transport(bury: Bury) -> type[kombu_redis.Transport]:
     class Channel(kombu_redis.Channel):
         def _brpop_read(self, **options: Any) -> bool:
             try:
-                return bool(super()._brpop_read(**options))
+                return bool(super()._brpop_read(**options))  # type: ignore[no-untyped-call]
             except json.JSONDecodeError as error:
                 bury(error.doc, f"unreadable: not JSON: {error.msg}")
             except UnicodeDecodeError as error:
@@ -35,7 +35,7 @@ def tolerant_transport(bury: Bury) -> type[kombu_redis.Transport]:
             if problem := envelope_problem(message):
                 bury(json.dumps(message), f"unreadable: {problem}")
             else:
-                super()._deliver(message, queue)
+                super()._deliver(message, queue)  # type: ignore[no-untyped-call]
 
     Transport.Channel = Channel
     return Transport

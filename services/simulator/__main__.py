@@ -31,7 +31,7 @@ def main() -> int:
         )
         running = pool
         server, _, port = start_server(
-            lambda s: add_SimulatorServicer_to_server(Servicer(running), s),
+            lambda s: add_SimulatorServicer_to_server(Servicer(running), s),  # type: ignore[no-untyped-call]
             f"{settings.host}:{settings.simulator_port}",
             workers=MAX_WAITING + 2 * len(pool) + 8,  # callers that wait for an environment must not keep out those who have one
         )

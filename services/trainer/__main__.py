@@ -15,7 +15,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m services.trainer", description=__doc__)
     parser.add_argument("role", nargs="?", choices=("jobs", "rollout"), default="jobs")
     role = parser.parse_args().role
-    settings = TrainerSettings()  # type: ignore[call-arg]  # every field has a default or comes from the environment
+    settings = TrainerSettings()
     configure_logging("trainer" if role == "jobs" else "rollout", settings)
     stop = stop_on_signals()
     try:

@@ -87,7 +87,7 @@ class Collector(threading.Thread):
 
     def _request(self, progress: Progress) -> RolloutRequest:
         spec = progress.spec
-        return RolloutRequest(  # type: ignore[call-arg]  # pydantic knows the defaults, mypy does not
+        return RolloutRequest(
             id=progress.id,
             job=self.context.id,
             task=spec.task,

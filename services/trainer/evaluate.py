@@ -19,7 +19,7 @@ def pinned(context: JobContext, ref: PolicyRef) -> PolicyRef:
 
 def request(context: JobContext, params: EvaluateParams, ref: PolicyRef, task: str, index: int) -> RolloutRequest:
     """The episode of one policy on one initial state; its id names all that decides its outcome."""
-    return RolloutRequest(  # type: ignore[call-arg]  # pydantic knows the defaults, mypy does not
+    return RolloutRequest(
         id=f"evaluate/{ref.namespace}/{ref.version}/{task}/{params.split.value}/{index}",
         job=context.id,
         task=task,

@@ -92,7 +92,7 @@ def run(context: JobContext, params: RolloutParams) -> dict[str, Any]:
 
 
 def _execution(context: JobContext, params: RolloutParams, ref: PolicyRef, index: int) -> RolloutRequest:
-    return RolloutRequest(  # type: ignore[call-arg]  # pydantic knows the defaults, mypy does not
+    return RolloutRequest(
         id=f"rollout/{params.task}/{params.split.value}/{index}",
         job=context.id,
         task=params.task,

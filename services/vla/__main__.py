@@ -61,7 +61,7 @@ def serve(settings: VlaSettings) -> None:
 
 
 def main() -> None:
-    settings = VlaSettings(_cli_parse_args=True, _cli_prog_name="python -m services.vla")  # type: ignore[call-arg]
+    settings = VlaSettings(_cli_parse_args=True, _cli_prog_name="python -m services.vla")
     configure_logging("vla", settings)
     torch.set_num_threads(settings.torch_threads)
     try:

@@ -140,9 +140,9 @@ class ImaginationWorker:
         served: Served,
         failures: dict[str, int],
     ) -> None:
-        def generate(*arguments: Any) -> Any:
+        def generate(*arguments: Any, **named: Any) -> Any:
             self._keep(pending)
-            return self.triton.imagine(*arguments)
+            return self.triton.imagine(*arguments, **named)
 
         try:
             results = imagine(tasks, generate, served)

@@ -91,7 +91,9 @@ def test_cut_clips_takes_frames_and_actions_by_the_same_indices() -> None:
 
 
 def test_a_missed_grasp_is_cut_as_the_policy_would_have_lived_it() -> None:
-    widths = np.array([0.088] * 9 + [0.05] + [0.035] * 4 + [0.015] * 8 + [0.06] + [0.088] * 6, np.float32)  # slips off, opens again
+    widths = np.array(
+        [0.088] * 9 + [0.05] + [0.035] * 4 + [0.015] * 8 + [0.06] + [0.088] * 6, np.float32
+    )  # slips off, opens again
     e = replace(episode(), task="pick-place", instruction="pick up the puck and place it at the green goal", widths=widths)
     e = replace(e, actions=np.zeros((28, 4), np.float32), images={k: np.zeros((29, 64, 64, 3), np.uint8) for k in e.images})
     assert segment_episode(e).discarded is not None
