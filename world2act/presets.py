@@ -80,14 +80,14 @@ class Rounds:
     Noise is the spread of one offset per chunk on the first three action components, in standard deviations of the actions.
     """
 
-    base: int = 16
-    perturbed: int = 12
+    base: int = 24
+    perturbed: int = 16
     perturbed_noise: float = 0.6
-    rounds: int = 2
+    rounds: int = 6
     on_policy: int = 12
     on_policy_noise: float = 0.3
-    first_steps: int = 400
-    steps: int = 250
+    first_steps: int = 300
+    steps: int = 200
 
     def __post_init__(self) -> None:
         _at_least(0, base=self.base, perturbed=self.perturbed, rounds=self.rounds, on_policy=self.on_policy)

@@ -323,8 +323,35 @@ def run(arguments: Arguments, progress: Progress | None = None) -> dict[str, Any
         "history": [{"step": i, **{k: round(v, 5) for k, v in history[i].items()}} for i in range(0, len(history), 20)],
         "seconds": {"latents": round(built - began, 1), "training": round(time.perf_counter() - built, 1)},
     }
-    adapters.save(arguments.out, card)
+    digest = adapters.save(arguments.out, card)
+    arguments.out.with_suffix(".md").write_text(card_text(card, digest, model.hash))
     return card
+
+
+def card_text(card: dict[str, Any], digest: str, worldmodel: str) -> str:
+    """The card as Markdown, for people; the weights file holds it whole."""
+    lines = [
+        "# Stage 1 adapters",
+        "",
+        "E_v (latent frame -> 32 numbers), E_a (action chunk -> 32 numbers), D_a (32 numbers -> action chunk), METHOD section 3.",
+        "",
+        f"- weights: sha256 `{digest}`, float32",
+        f"- world model whose latents they read: sha256 `{worldmodel}`; any other is refused",
+        f"- data: {card['data']}",
+        f"- command: `{card['command']}`",
+        f"- seconds on 1 thread: {card['seconds']}",
+        "",
+        "Held out; `true`: encoded video, `predicted`: imagined one chunk ahead from real frames. Half of the episodes have random",
+        "offsets added to the expert's actions, which nobody can foresee from the start frame: they bound every `predicted` number.",
+        "",
+        "| metric | value |",
+        "|---|---|",
+        *(f"| {name} | {value:.3f} |" for name, value in card["metrics"].items()),
+        "",
+        f"`retrieval_*`: a clip's own action sequence is the most similar of {RETRIEVAL}; chance {1 / RETRIEVAL:.4f}.",
+        "`r2_*`: variance of normalised actions that D_a explains; `r2_action` from E_a, the others from E_v.",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
