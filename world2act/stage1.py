@@ -286,6 +286,8 @@ class Arguments:
     seed: int = 0
     episodes: int = 0
     """Demonstrations per task and split at most; 0: all."""
+    steps: int = 0
+    """Training steps; 0: the preset's."""
 
 
 def read_clips(root: Path, split: Split, per_task: int = 0) -> Iterator[Clip]:
@@ -304,6 +306,7 @@ def run(arguments: Arguments, progress: Progress | None = None) -> dict[str, Any
     )
 
     settings, seed = STAGE1[arguments.preset], arguments.seed
+    settings = replace(settings, steps=arguments.steps or settings.steps)
     began = time.perf_counter()
     model = WorldModel.load(arguments.worldmodel)
     data, held_out = (
@@ -312,7 +315,7 @@ def run(arguments: Arguments, progress: Progress | None = None) -> dict[str, Any
     )
     built = time.perf_counter()
     adapters, history = train(data, settings, seed, progress)
-    flags = f"--preset {arguments.preset} --seed {seed} --episodes {arguments.episodes}"
+    flags = f"--preset {arguments.preset} --seed {seed} --episodes {arguments.episodes} --steps {settings.steps}"
     card = {
         "what": "Stage 1 adapters: E_v, E_a, D_a (METHOD section 3)",
         "data": f"{len(data)} skill clips of split worldmodel; metrics on {len(held_out)} of split validation",
