@@ -102,7 +102,8 @@ class Stage2Settings:
     target "closed-loop": imagine one chunk again from each visited frame; "open-loop": one clip from the first frame (paper).
     decode_weight: masked MSE between base + residual and D_a(e_v); contrastive_weight: Eq. 1 over scenes of the same task.
     bound: largest residual, in standard deviations of the actions; at 1.0 errors of the imagined targets harm tasks that the base
-    has mastered (button-press 1.00 -> .65 against .90 at 0.5, 20 tuning scenes). vision: what the residual sees: "latent" (the
+    has mastered (button-press 1.00 -> .65, against .90 at 0.5 with half the episodes; 20 tuning scenes, one training seed each).
+    vision: what the residual sees: "latent" (the
     frame's VAE latent) or "pixels" (METHOD's 256x256 convolutions). instruction: a token of the instruction's words, absent in
     the paper.
     """
