@@ -80,11 +80,11 @@ class Rounds:
     Noise is the spread of one offset per chunk on the first three action components, in standard deviations of the actions.
     """
 
-    base: int = 16
-    perturbed: int = 10
+    base: int = 24
+    perturbed: int = 16
     perturbed_noise: float = 0.6
-    rounds: int = 4
-    on_policy: int = 8
+    rounds: int = 6
+    on_policy: int = 12
     on_policy_noise: float = 0.3
     first_steps: int = 300
     steps: int = 200

@@ -32,7 +32,7 @@ TASKS = ("reach", "push", "pick-place", "drawer-open", "drawer-close", "button-p
 SHOWN = ("pick-place", "drawer-open", "door-open")
 """Tasks whose imagined and executed videos the report shows."""
 DEMOS_PER_TASK = 2
-EVALUATION_EPISODES = 15
+EVALUATION_EPISODES = 20
 POSTTRAIN: dict[str, Any] = {"preset": "default", "mode": "asynchronous", "eta": 1}
 
 
