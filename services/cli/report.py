@@ -115,8 +115,8 @@ def stage2_section(posttrain: Record) -> str:
         frozenset(range(6)),
     )
     lead = (
-        f"{result['episodes']} trajectories, each counted once, no reward and no label. One after the other the parts would have taken "
-        f"{parts:.0f} s; side by side they took {busy['wall']:.0f} s."
+        f"{result['episodes']} trajectories, each counted once, no reward and no label. The parts were active for {parts:.0f} s in all; "
+        f"side by side the run took {busy['wall']:.0f} s."
     )
     return f"<section><h2>Stage 2: post-training</h2><p class=lead>{lead}</p>{timeline}<div class=row>{histogram}{loss}</div>{rounds}</section>"
 

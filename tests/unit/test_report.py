@@ -72,7 +72,7 @@ def test_page_holds_every_section_escaped_and_whole(tmp_path: Path) -> None:
     for heading in ("Success", "Segmentation", "Imagined and executed", "Stage 1", "Stage 2", "What it cost"):
         assert f"<h2>{heading}" in page
     assert "+20.0 points: 0.400 to 0.600" in page and "1 of 2 demonstrations" in page and "12 trajectories" in page
-    assert "would have taken 34 s; side by side they took 20 s" in page
+    assert "were active for 34 s in all; side by side the run took 20 s" in page
     assert "pick &lt;b&gt;" in page and "pick <b>" not in page
     assert page.count("data:video/mp4;base64,") == 2 and page.count("<svg") >= 6
     assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
