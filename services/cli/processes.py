@@ -151,6 +151,19 @@ def down(settings: CliSettings, console: Console) -> None:
     console.print("all services have ended")
 
 
+def memory_mb(pid: int | None) -> float:
+    """Proportional set size of a process and all that it started, in MB; 0 where it is gone or not ours to ask."""
+    total = 0
+    if pid is None:
+        return 0.0
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(pid)
+        for member in [process, *process.children(recursive=True)]:
+            with contextlib.suppress(psutil.Error):
+                total += member.memory_full_info().pss
+    return total / 1e6
+
+
 def status(settings: CliSettings, console: Console) -> None:
     """Processes, health, heartbeat ages and queue backlogs."""
     state = read_state(settings.run_dir)
@@ -164,7 +177,9 @@ def status(settings: CliSettings, console: Console) -> None:
             console.print(services_table(state.get("services", [])))
         raise CliError(f"no health and queues: {error}") from None
     if state is not None:
-        console.print(services_table(state.get("services", []), heartbeats=found["heartbeats"]))
+        rows = state.get("services", [])
+        console.print(services_table(rows, heartbeats=found["heartbeats"]))
+        console.print(f"memory of all: {sum(memory_mb(row['pid']) for row in rows):,.0f} MB")
     else:
         for name, age in found["heartbeats"].items():
             console.print(f"{name}: heartbeat {age:.1f} s ago")
