@@ -16,13 +16,13 @@ part() { # part NAME COMMAND...
 }
 collect() { "$python" -m services.simulator.collect --out "$demos" --split "$1" --episodes "$2" --perturbed-share "$3" --workers 2 --resume; }
 part "demonstrations of the base" collect base "${BASE_EPISODES:-10}" 0
-part "demonstrations of world model and Stage 1" collect worldmodel "${WORLDMODEL_EPISODES:-120}" 0.5
+part "demonstrations of world model and Stage 1" collect worldmodel "${WORLDMODEL_EPISODES:-160}" 0.5
 part "held-out demonstrations" collect validation "${VALIDATION_EPISODES:-20}" 0.5
-# The base and the world model do not depend on each other: one core each.
+# The base and the world model do not depend on each other.
 base() { "$python" -m world2act.behaviour_cloning --demos "$demos" --out "$out/base.safetensors" ${BASE_FLAGS:-} > "$demos/base.log" 2>&1; }
 base & base_pid=$!
-part "world model" "$python" -m world2act.worldmodel_training --demos "$demos" --out "$out/worldmodel.safetensors" ${WORLDMODEL_FLAGS:-}
+part "world model" "$python" -m world2act.worldmodel_training --demos "$demos" --out "$out/worldmodel.safetensors" --threads 2 ${WORLDMODEL_FLAGS:-}
 part "base policy (beside the world model)" wait "$base_pid"
-part "Stage 1" "$python" -m world2act.stage1 --demos "$demos" --worldmodel "$out/worldmodel.safetensors" --out "$out/adapters.safetensors" ${STAGE1_FLAGS:-}
+part "Stage 1" "$python" -m world2act.stage1 --demos "$demos" --worldmodel "$out/worldmodel.safetensors" --out "$out/adapters.safetensors" --threads 2 ${STAGE1_FLAGS:-}
 echo "== all: $((SECONDS - begun)) s"
 ls -l "$out"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -57,9 +57,9 @@ class Samples:
     instructions: list[str]
 
 
-def samples_of(episodes: Sequence[Episode], rows: int) -> Samples:
-    """One sample per frame t <= T - M: what is seen at t and the M actions from t on. Split base only (LeakageError)."""
-    splits.require((e.split for e in episodes), [Split.BASE], "behaviour_cloning")
+def samples_of(episodes: Sequence[Episode], rows: int, allowed: Collection[Split] = (Split.BASE,)) -> Samples:
+    """One sample per frame t <= T - M: what is seen at t and the M actions from t on. LeakageError for a split not `allowed`."""
+    splits.require((e.split for e in episodes), allowed, "behaviour_cloning")
     frames, states, chunks, instructions = [], [], [], []
     for episode in episodes:
         count = len(episode.actions) - M + 1

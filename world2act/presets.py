@@ -49,6 +49,8 @@ class Stage1Settings:
 
     predicted_share: probability that a clip of a batch shows the world model's own latents, not the encoded video's.
     horizon: latents imagined per start frame; 0: the whole clip from its first frame (the paper's full denoising).
+    phases: how many times each clip is cut, at phases M / phases frames apart: more distinct pairs of the same video.
+    latent_noise: standard deviation of the noise that training adds to latents, in their own spread.
     hard_ratio: share of the batch drawn from one and the same skill (hard negatives). window: pairs per clip at most.
     random_start: probability that a clip's window starts at random instead of at its first pair.
     """
@@ -62,14 +64,16 @@ class Stage1Settings:
     hard_ratio: float = 0.25
     window: int = 14
     random_start: float = 0.5
-    predicted_share: float = 0.5
+    predicted_share: float = 0.75
     horizon: int = 1
+    phases: int = 2
+    latent_noise: float = 0.3
     action_noise: float = 0.5
 
     def __post_init__(self) -> None:
-        _at_least(1, steps=self.steps, window=self.window)
+        _at_least(1, steps=self.steps, window=self.window, phases=self.phases)
         _at_least(2, batch=self.batch)
-        _at_least(0, horizon=self.horizon, action_noise=self.action_noise)
+        _at_least(0, horizon=self.horizon, action_noise=self.action_noise, latent_noise=self.latent_noise)
         _share(hard_ratio=self.hard_ratio, random_start=self.random_start, predicted_share=self.predicted_share)
 
 
@@ -146,6 +150,8 @@ STAGE1: dict[Preset, Stage1Settings] = {
         random_start=0.0,
         predicted_share=1.0,
         horizon=0,
+        phases=1,
+        latent_noise=0.0,
         action_noise=0.0,
     ),
 }

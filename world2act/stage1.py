@@ -51,7 +51,7 @@ class VideoModel(Protocol):
 class Stage1Data:
     """Cached clips, padded to one length K = 1 + chunks.
 
-    true, predicted: (N, K, C, h, w) latents of the encoded video and of the world model; actions: (N, K-1, M, A) in the
+    true, predicted: float16 (N, K, C, h, w) latents of the encoded video and of the world model; actions: (N, K-1, M, A) in the
     simulator's units; mask: bool (N, K-1), False where padded; tasks, skills: int (N,), equal for clips of one task, prompt.
     """
 
@@ -132,8 +132,8 @@ def _assemble(worldmodel_hash: str, clips: list[Clip], true: list[Tensor], predi
     padded = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
     tasks, prompts = sorted({c.task for c in clips}), sorted({c.prompt for c in clips})
     return Stage1Data(
-        true=padded(true),
-        predicted=padded(predicted),
+        true=padded(true).half(),
+        predicted=padded(predicted).half(),
         actions=padded([torch.from_numpy(c.actions) for c in clips]),
         mask=padded([torch.from_numpy(c.mask) for c in clips]),
         tasks=torch.tensor([tasks.index(c.task) for c in clips]),
@@ -141,6 +141,14 @@ def _assemble(worldmodel_hash: str, clips: list[Clip], true: list[Tensor], predi
         task_names=tuple(tasks),
         worldmodel_hash=worldmodel_hash,
     )
+
+
+@torch.no_grad()
+def name_actions(adapters: Adapters, data: Stage1Data) -> Stage1Data:
+    """`data` with D_a(E_v(true latents)) in place of its actions: pseudo-actions for video that nobody labelled."""
+    true, _, _, _ = data.pairs()
+    chunks = torch.cat([adapters.decoder(adapters.video(part.float())) for part in torch.split(true, 64)])
+    return replace(data, actions=adapters.actions.denormalise(chunks))
 
 
 # --- batches --------------------------------------------------------------------------------------------------------------
@@ -174,7 +182,11 @@ def draw_batch(data: Stage1Data, actions: Statistics, settings: Stage1Settings, 
     start = torch.where(random[0] < settings.random_start, (torch.rand(len(rows), generator=generator) * (latest + 1)).long(), 0)
     index = start[:, None] + torch.arange(window)
     from_model = torch.rand(len(rows), generator=generator) < settings.predicted_share
-    picked = torch.where(from_model[:, None, None, None, None], predicted[rows[:, None], index], true[rows[:, None], index])
+    picked = torch.where(
+        from_model[:, None, None, None, None], predicted[rows[:, None], index], true[rows[:, None], index]
+    ).float()
+    if settings.latent_noise:
+        picked = picked + settings.latent_noise * torch.randn(picked.shape, generator=generator)
     return Batch(picked, actions.normalise(chunks[rows[:, None], index]), mask[rows[:, None], index])
 
 
@@ -238,7 +250,7 @@ def evaluate(adapters: Adapters, data: Stage1Data, seed: int = 0) -> dict[str, f
     e_a = adapters.action(actions)
     out = {"retrieval_chance": 1 / RETRIEVAL, "r2_action": objectives.r2(adapters.decoder(e_a), actions, mask)}
     for name, latents in (("true", true), ("predicted", predicted)):
-        e_v = torch.cat([adapters.video(part) for part in torch.split(latents, 64)])
+        e_v = torch.cat([adapters.video(part.float()) for part in torch.split(latents, 64)])
         scores = objectives.similarity(e_v, e_a, mask, mask)
         decoded = adapters.decoder(e_v)
         per_task = [
@@ -288,15 +300,17 @@ class Arguments:
     """Demonstrations per task and split at most; 0: all."""
     steps: int = 0
     """Training steps; 0: the preset's."""
+    threads: int = 1
+    """CPU threads."""
 
 
-def read_clips(root: Path, split: Split, per_task: int = 0) -> Iterator[Clip]:
+def read_clips(root: Path, split: Split, per_task: int = 0, phases: int = 1) -> Iterator[Clip]:
     """Skill clips of the demonstrations of `split` under `root`; of at most `per_task` episodes a task (0: all)."""
     seen: Counter[str] = Counter()
     for episode in read_root(root, allowed=[split]):
         seen[episode.task] += 1
         if not per_task or seen[episode.task] <= per_task:
-            yield from cut_clips(episode)
+            yield from cut_clips(episode, phases=range(0, M, max(1, M // phases)))
 
 
 def run(arguments: Arguments, progress: Progress | None = None) -> dict[str, Any]:
@@ -310,8 +324,8 @@ def run(arguments: Arguments, progress: Progress | None = None) -> dict[str, Any
     began = time.perf_counter()
     model = WorldModel.load(arguments.worldmodel)
     data, held_out = (
-        build_data(model, read_clips(arguments.demos, split, arguments.episodes), settings.horizon, seed)
-        for split in (Split.WORLDMODEL, Split.VALIDATION)
+        build_data(model, read_clips(arguments.demos, split, arguments.episodes, phases), settings.horizon, seed)
+        for split, phases in ((Split.WORLDMODEL, settings.phases), (Split.VALIDATION, 1))
     )
     built = time.perf_counter()
     adapters, history = train(data, settings, seed, progress)
@@ -321,6 +335,7 @@ def run(arguments: Arguments, progress: Progress | None = None) -> dict[str, Any
         "data": f"{len(data)} skill clips of split worldmodel; metrics on {len(held_out)} of split validation",
         "command": f"python -m world2act.stage1 --demos DEMOS --worldmodel zoo/worldmodel.safetensors --out OUT {flags}",
         "seed": seed,
+        "threads": arguments.threads,
         "settings": asdict(settings),
         "metrics": evaluate(adapters, held_out),
         "history": [{"step": i, **{k: round(v, 5) for k, v in history[i].items()}} for i in range(0, len(history), 20)],
@@ -342,7 +357,7 @@ def card_text(card: dict[str, Any], digest: str, worldmodel: str) -> str:
         f"- world model whose latents they read: sha256 `{worldmodel}`; any other is refused",
         f"- data: {card['data']}",
         f"- command: `{card['command']}`",
-        f"- seconds on 1 thread: {card['seconds']}",
+        f"- seconds on {card['threads']} thread(s): {card['seconds']}",
         "",
         "Held out; `true`: encoded video, `predicted`: imagined one chunk ahead from real frames. Half of the episodes have",
         "random offsets added to the expert's actions, which no start frame shows: they bound every `predicted` number.",
@@ -368,8 +383,9 @@ def main() -> None:
         if step % 100 == 0 or step == steps:
             print(f"step {step}/{steps}  " + "  ".join(f"{k} {v:.3f}" for k, v in metrics.items()), file=sys.stderr, flush=True)
 
-    torch.set_num_threads(1)
-    card = run(tyro.cli(Arguments), show)
+    arguments = tyro.cli(Arguments)
+    torch.set_num_threads(arguments.threads)
+    card = run(arguments, show)
     print(json.dumps({"metrics": card["metrics"], "seconds": card["seconds"]}, indent=2))
 
 

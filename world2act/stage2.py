@@ -42,12 +42,14 @@ class Targets:
     """What the world model says should have happened at each of n chunks.
 
     embeddings: e_v float32 (n, D); mask: bool (n,), False where there is no target; visual: latents (n, C, h, w) of the visited
-    frames, if they were computed on the way (closed loop: latent 0 of each imagined clip).
+    frames, if they were computed on the way (closed loop: latent 0 of each imagined clip). chunks: normalised action chunks
+    (n, M, A) that the decode term aims at instead of D_a(e_v): baselines that label actions otherwise, and the oracle.
     """
 
     embeddings: Tensor
     mask: Tensor
     visual: Tensor | None = None
+    chunks: Tensor | None = None
 
 
 class Imagination(Protocol):
@@ -89,15 +91,20 @@ def open_loop_targets(model: Imagination, adapters: Adapters, trajectory: Trajec
 @dataclass(frozen=True)
 class Batch:
     """B episodes padded to n chunks. visual (B, n, C, h, w) latents or (B, n, H, W, 3) frames; states (B, n, S); base
-    (B, n, M, A) normalised; target e_v (B, n, D); mask bool (B, n); tasks int (B,); instructions, one per episode."""
+    (B, n, M, A) normalised; target e_v (B, n, D); chunk D_a(e_v) (B, n, M, A); mask bool (B, n); tasks int (B,);
+    instructions, one per episode."""
 
     visual: Tensor
     states: Tensor
     base: Tensor
     target: Tensor
+    chunk: Tensor
     mask: Tensor
     tasks: Tensor
     instructions: tuple[str, ...]
+
+
+FIELDS = ("visual", "states", "base", "target", "chunk", "mask")
 
 
 class Stage2Dataset:
@@ -109,6 +116,7 @@ class Stage2Dataset:
 
     def __init__(self, adapters: Adapters, settings: Stage2Settings, encode: Callable[[Tensor], Tensor] | None = None) -> None:
         self._actions = adapters.actions
+        self._decoder = adapters.decoder
         self._size = adapters.settings.size
         self._settings = settings
         self._encode = encode
@@ -138,11 +146,14 @@ class Stage2Dataset:
         if n < 1 or targets.embeddings.shape != (n, self._size) or targets.mask.shape != (n,):
             got = f"{tuple(targets.embeddings.shape)} and {tuple(targets.mask.shape)}"
             raise ValueError(f"targets: must be ({n}, {self._size}) with mask ({n},), one per chunk, got {got}")
+        with torch.no_grad():
+            chunks = self._decoder(targets.embeddings.float()) if targets.chunks is None else targets.chunks
         row = {
             "visual": self._visual(trajectory, targets),
             "states": torch.from_numpy(trajectory.states).float(),
             "base": self._actions.normalise(torch.from_numpy(trajectory.base).float()),
             "target": torch.where(targets.mask[:, None], targets.embeddings.float(), 0.0),
+            "chunk": torch.where(targets.mask[:, None, None], chunks.float(), 0.0),
             "mask": targets.mask,
         }
         for name, value in row.items():
@@ -172,7 +183,7 @@ class Stage2Dataset:
             specs = sorted(self._rows)
             fields = {
                 name: torch.nn.utils.rnn.pad_sequence([self._rows[spec][name] for spec in specs], batch_first=True)
-                for name in ("visual", "states", "base", "target", "mask")
+                for name in FIELDS
             }
             names = sorted({spec.task for spec in specs})
             tasks = torch.tensor([names.index(spec.task) for spec in specs])
@@ -193,7 +204,7 @@ class Stage2Dataset:
         wanted = self._settings.episodes_per_step
         picked = torch.cat([by_task[t][torch.randperm(len(by_task[t]), generator=generator)[:wanted]] for t in chosen])
         length = max([1, *(everything.mask[picked].any(0).nonzero()[:, 0] + 1).tolist()])
-        cut = {name: getattr(everything, name)[picked, :length] for name in ("visual", "states", "base", "target", "mask")}
+        cut = {name: getattr(everything, name)[picked, :length] for name in FIELDS}
         instructions = tuple(everything.instructions[i] for i in picked.tolist())
         return Batch(**cut, tasks=everything.tasks[picked], instructions=instructions)
 
@@ -239,7 +250,7 @@ class Learner:
         residual = self.policy(visual, states, batch.base[mask], [batch.instructions[i] for i in episodes])
         combined = batch.base.masked_scatter(mask[..., None, None], batch.base[mask] + residual)
         e_a = self.policy.action_adapter(combined)
-        terms = {"decode": objectives.decode_loss(combined, self.adapters.decoder(batch.target), mask)}
+        terms = {"decode": objectives.decode_loss(combined, batch.chunk, mask)}
         if settings.contrastive_weight:
             terms["contrastive"] = objectives.contrastive_loss(batch.target, e_a, mask, batch.tasks, settings.contrastive)
         total = settings.decode_weight * terms["decode"] + settings.contrastive_weight * terms.get("contrastive", torch.zeros(()))

@@ -51,6 +51,36 @@ def latent_errors(model: WorldModel, bank: LatentBank, rows: int = 256) -> dict[
     return {f"error_vs_copy_at_{k}": float(predicted[k - 1] / copied[k - 1]) for k in AHEAD if k <= horizon and count[k - 1] > 0}
 
 
+@torch.no_grad()
+def boundary_drift(model: WorldModel, episodes: Sequence[CutEpisode]) -> dict[str, float]:
+    """Squared latent error over an episode's second skill, relative to copying that skill's true first frame.
+
+    fresh: imagined from the true first frame; chained: from the last frame that the model imagined for the first skill, as
+    `/rollout` does. Empty when no episode has two skills.
+    """
+    vae, longest = model.config.vae, model.config.max_horizon
+    errors = {"fresh": 0.0, "chained": 0.0, "copied": 0.0}
+    for episode in episodes:
+        if len(episode.skills) < 2:
+            continue
+        first, second = episode.skills[:2]
+        before, after = (min((skill.end - skill.start) // M, longest) for skill in (first, second))
+        if not before or not after:
+            continue
+        frames = torch.zeros((len(episode.frames), vae.height, vae.width, 3), dtype=torch.uint8)
+        frames[:, : vae.active_rows] = torch.from_numpy(episode.frames)
+        truth = model.encode(frames[None, second.start : second.start + M * after + 1])[:, 1:]
+        last = model.decode(model.imagine(frames[first.start][None], [first.prompt], before, [0]))[:, -1]
+        for name, start in (("fresh", frames[second.start][None]), ("chained", last)):
+            imagined = model.imagine(start, [second.prompt], after, [0])[:, 1:]
+            errors[name] += (imagined - truth).square().mean((2, 3, 4)).sum().item()
+        copied = model.encode(frames[None, second.start : second.start + 1])
+        errors["copied"] += (copied - truth).square().mean((2, 3, 4)).sum().item()
+    if not errors["copied"]:
+        return {}
+    return {f"second_skill_{name}": errors[name] / errors["copied"] for name in ("fresh", "chained")}
+
+
 class _Probe(nn.Module):
     """One latent -> one action chunk: the shape of the paper's video adapter, without its pooling."""
 
@@ -127,6 +157,8 @@ def card_text(model: WorldModel, card: dict[str, Any]) -> str:
     method = "Regression" if model.config.noise_scale == 0 else "Flow matching"
     command = f"python -m world2act.worldmodel_training --demos DEMOS --out {settings['out']} --seed {settings['seed']}"
     vae = f"VAE {settings['vae']}"
+    if not settings["segmented"]:
+        command += " --no-segmented"
     if settings["vae_from"]:
         command += f" --vae-from {settings['vae_from']}"
         vae = f"VAE as in {settings['vae_from']}"
@@ -155,6 +187,8 @@ def card_text(model: WorldModel, card: dict[str, Any]) -> str:
         "`error_vs_copy_at_k`: squared latent error k latents ahead, relative to copying the start latent.",
         "`action_r2_*`: actions read from latent 1 by a small probe, unperturbed episodes; `predicted` reads the imagined",
         "latent, which comes from the start frame alone.",
+        "`second_skill_*`: squared latent error over the second skill, relative to copying its true first frame; `chained`",
+        "starts from the last imagined frame of the first skill, `fresh` from the true frame.",
         "",
     ]
     return "\n".join(lines)

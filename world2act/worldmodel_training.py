@@ -2,8 +2,9 @@
 
     python -m world2act.worldmodel_training --demos DIR --out zoo/worldmodel.safetensors
 
-Reads split `worldmodel` for training and `validation` for the numbers in the card; any other split is refused. Only video and
-prompts train it, never actions. Three things decide whether its predictions carry the action (measured in a prototype):
+Reads split `worldmodel` (or `base`: a world model that has seen no more than a base policy) for training and `validation` for
+the numbers in the card; any other split is refused. Only video and prompts train it, never actions. Three things decide
+whether its predictions carry the action (measured in a prototype):
 - small objects vanish from the VAE unless pixels that differ from the task's median first frame weigh about 25 times more;
 - without the skip from the start latent, minutes go into learning the background (the source x1 of models/worldmodel.py);
 - clips begin at any frame of a skill, mostly one or two latents long: that is how closed-loop targets use it.
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -40,9 +41,9 @@ class VAESettings:
     """steps of `batch` windows of five frames; object_weight: see the module's docstring; still_share: windows that show one
     frame only, as latent 0 does; kl: weight of the posterior's KL per latent element, which keeps the latents smooth."""
 
-    steps: int = 2400
+    steps: int = 3000
     batch: int = 16
-    rate: float = 2e-3
+    rate: float = 1e-3
     object_weight: float = 24.0
     object_contrast: float = 0.15
     still_share: float = 0.2
@@ -56,7 +57,7 @@ class TransformerSettings:
     of up to `long_horizon` latents. text_dropout: prompts replaced by '', so that guidance can be used; latent_stride: clips
     begin at every such frame of an episode; averaging: decay of the running average of the weights."""
 
-    steps: int = 2000
+    steps: int = 3000
     short_batch: int = 32
     short_horizon: int = 2
     long_batch: int = 6
@@ -73,8 +74,10 @@ class TransformerSettings:
 @dataclass(frozen=True)
 class Settings:
     """demos: folder of <split>/<task>.hdf5; out: weights file to write, with a card <name>.md beside it; vae_from: reuse the
-    VAE of this world model; limit: episodes per task; threads: CPU threads; probe_steps: training of the probe that measures
-    how well latents carry actions."""
+    VAE of this world model; split: of the
+    demonstrations; segmented: false trains on whole episodes with their instruction (Base-WM instead of Skill-WM);
+    limit: episodes per task; threads: CPU threads; probe_steps: training of the probe that measures how well latents carry
+    actions."""
 
     demos: Path
     out: Path
@@ -83,6 +86,8 @@ class Settings:
     limit: int | None = None
     tasks: tuple[str, ...] | None = None
     vae_from: Path | None = None
+    segmented: bool = True
+    split: Literal[Split.WORLDMODEL, Split.BASE] = Split.WORLDMODEL
     noise_scale: float = 0.0
     precision: Precision = "auto"
     probe_steps: int = 600
@@ -129,17 +134,18 @@ def train_vae(
     precision: Precision = "auto",
     progress: Progress = no_progress,
 ) -> dict[str, float]:
-    """Train `vae` in place on windows of `episodes` (split worldmodel only); sets its latent statistics. Returns final losses.
+    """Train `vae` in place on windows of `episodes` (splits worldmodel and base only); sets its latent statistics.
 
-    Loss: weighted Huber of the four frames that a latent is decoded to + kl * KL(posterior | N(0, 1)).
+    Returns final losses. Loss: weighted Huber of the four frames that a latent is decoded to + kl * KL(posterior | N(0, 1)).
     """
-    splits.require((e.split for e in episodes), [Split.WORLDMODEL], "train_vae")
+    splits.require((e.split for e in episodes), [Split.WORLDMODEL, Split.BASE], "train_vae")
     generator = torch.Generator().manual_seed(seed)
     windows = _Windows(episodes, settings, np.random.default_rng(seed))
     vae.train()
     optimiser = torch.optim.AdamW(vae.parameters(), lr=settings.rate, betas=(0.9, 0.99), weight_decay=1e-4)
     schedule = warm_cosine(optimiser, settings.steps)
     mean_error = mean_kl = 0.0
+    best = float("inf")
     for step in range(settings.steps):
         seen, weights = windows.draw(settings.batch)
         x = to_float(seen)
@@ -157,6 +163,11 @@ def train_vae(
         keep = min(0.98, step / (step + 1))
         mean_error = keep * mean_error + (1 - keep) * error.item()
         mean_kl = keep * mean_kl + (1 - keep) * divergence.item()
+        best = min(best, mean_error) if step >= 50 else best
+        if mean_error > 2 * best:
+            raise RuntimeError(
+                f"VAE: diverged at step {step} (error {mean_error:.3g}, was {best:.3g}): lower vae.rate ({settings.rate:g})"
+            )
         progress("VAE", step + 1, settings.steps, {"error": mean_error, "kl": mean_kl})
     vae.eval()
     _set_statistics(vae, windows.draw(settings.normalising_windows)[0])
@@ -266,8 +277,8 @@ def train_worldmodel(settings: Settings, progress: Progress = no_progress) -> Wo
 
     model = WorldModel(WorldModelConfig(noise_scale=settings.noise_scale))
     rows = model.config.vae.active_rows
-    cut = read_cut(settings.demos, [Split.WORLDMODEL], rows, settings.tasks, settings.limit)
-    held_out = read_cut(settings.demos, [Split.VALIDATION], rows, settings.tasks)
+    cut = read_cut(settings.demos, [settings.split], rows, settings.tasks, settings.limit, settings.segmented)
+    held_out = read_cut(settings.demos, [Split.VALIDATION], rows, settings.tasks, segmented=settings.segmented)
     lap("read")
     metrics: dict[str, float] = {}
     if settings.vae_from is not None:
@@ -293,6 +304,7 @@ def train_worldmodel(settings: Settings, progress: Progress = no_progress) -> Wo
     model.requires_grad_(False)
     metrics |= worldmodel_metrics.reconstruction(model, held_out.episodes)
     metrics |= worldmodel_metrics.latent_errors(model, held_bank)
+    metrics |= worldmodel_metrics.boundary_drift(model, held_out.episodes)
     metrics |= worldmodel_metrics.action_probe(model, bank, held_bank, settings.seed, settings.probe_steps)
     lap("metrics")
     vae_from = settings.vae_from and settings.vae_from.name
@@ -316,7 +328,7 @@ def _describe(episodes: Sequence[CutEpisode], discarded: int) -> dict[str, Any]:
         "perturbed": sum(e.perturbed for e in episodes),
         "skills": sum(len(e.skills) for e in episodes),
         "discarded": discarded,
-        "split": Split.WORLDMODEL.value,
+        "split": episodes[0].split,
     }
 
 

@@ -1,10 +1,10 @@
 """Record demonstrations with a simulator's scripted experts: `python -m services.simulator.collect --out DIR --split worldmodel`.
 
-A plain episode follows the expert; one that fails is dropped and counted. A perturbed episode adds one random xyz offset to
-every second chunk of expert actions on average, so that states off the expert's path, and the way back, are seen too; the
-action recorded is the action executed, and the episode is kept whether or not it succeeds. (An offset on every chunk leaves
-the expert 0 successes of 16 at push; on half of them, 10.) An episode ends one chunk after success, in whole
-chunks, or at the task's limit. Scene i is the same scene for ever (world2act.splits), and scene i is perturbed or plain
+A plain episode follows the expert; one that fails is dropped and counted. A perturbed episode adds random xyz offsets, each
+held for one to three chunks, to half of the expert's chunks on average, so that states off the expert's path, and the way
+back, are seen too; the action recorded is the action executed, and the episode is kept whether or not it succeeds. An
+episode ends AFTER_SUCCESS chunks after success, in whole chunks, or at the task's limit: what a solved task looks like is
+seen too, since policies go on there. Scene i is the same scene for ever (world2act.splits), and scene i is perturbed or plain
 whatever --episodes is, so a longer collection extends a shorter one (--resume).
 """
 
@@ -31,7 +31,9 @@ from world2act.splits import Split, scene_seed
 from world2act.types import Episode
 
 MOST_ATTEMPTS = 4  # scenes tried for each episode wanted, before an expert is declared broken
-OFFSET_CHANCE = 0.5  # of a perturbed episode's chunks, those that get an offset
+OFFSET_CHANCE = 0.5  # of a perturbed episode's spans, those that get an offset
+LONGEST_SPAN = 3  # chunks
+AFTER_SUCCESS = 4  # chunks
 
 
 @dataclass
@@ -48,8 +50,8 @@ class CollectSettings:
     """Episodes to keep per task."""
     perturbed_share: float = 0.0
     """Share of scenes whose expert is perturbed, 0 to 1."""
-    noise: float = 0.5
-    """Standard deviation of a perturbed chunk's xyz offset, in action units."""
+    noise: float = 0.6
+    """Standard deviation of a perturbed span's xyz offset, in action units."""
     workers: int = 2
     """Processes."""
     simulator: str = "metaworld"
@@ -90,18 +92,20 @@ def is_perturbed(index: int, share: float) -> bool:
 
 
 def record(env: base.Environment, task: str, split: Split, index: int, noise: float) -> Episode:
-    """One episode of the expert in scene (split, index). noise > 0 perturbs: an N(0, noise^2) xyz offset on half the chunks."""
+    """One episode of the expert in scene (split, index). noise > 0 perturbs: N(0, noise^2) xyz offsets."""
     spec = env.spec
     seed = scene_seed(split, index)
     rng = np.random.default_rng([seed, *task.encode()])  # the seed alone would give all tasks the same offsets
     observation = env.reset(task, seed)
     images = {name: [image] for name, image in observation.images.items()}
     states, actions = [observation.state], []
-    success, closing = False, False
+    success, after, left = False, 0, 0
     for _ in range(spec.task(task).max_chunks):
-        offset = np.zeros(len(spec.action), np.float32)
-        if noise > 0 and rng.random() < OFFSET_CHANCE:
-            offset[:3] = rng.normal(0.0, noise, 3)
+        if left == 0:
+            left, offset = int(rng.integers(1, LONGEST_SPAN + 1)), np.zeros(len(spec.action), np.float32)
+            if noise > 0 and rng.random() < OFFSET_CHANCE:
+                offset[:3] = rng.normal(0.0, noise, 3)
+        left -= 1
         for _ in range(spec.chunk):
             action = np.clip(env.expert_action() + offset, -1.0, 1.0).astype(np.float32)
             result = env.step(action[None], "all")
@@ -110,9 +114,9 @@ def record(env: base.Environment, task: str, split: Split, index: int, noise: fl
             for name, frames in result.images.items():
                 images[name].append(frames[0])
             success = result.success
-        if closing:
+        after += success
+        if after > AFTER_SUCCESS:
             break
-        closing = success  # one more chunk after the one that succeeded
     stacked = np.stack(states)
     return Episode(
         task=task,

@@ -13,7 +13,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [
-    p for part in ("world2act", "services", "bench") for p in sorted((ROOT / part).rglob("*.py")) if "generated" not in p.parts
+    p
+    for part in ("world2act", "services", "experiments", "bench")
+    for p in sorted((ROOT / part).rglob("*.py"))
+    if "generated" not in p.parts
 ]
 
 
@@ -34,11 +37,16 @@ def test_house_rules(path: Path) -> None:
     assert "0.0.0.0" not in path.read_text(), "doors bind loopback by default"
     assert len(path.read_text().splitlines()) <= 500
     if relative.parts[0] == "world2act":
-        assert not [name for name in found if name.split(".")[0] == "services"], "the method imports no service"
+        above = {"services", "experiments"}
+        assert not [name for name in found if name.split(".")[0] in above], "the method imports nothing above it"
     if relative.parts[0] == "services":
         own = relative.parts[1]
         others = {name.split(".")[1] for name in found if name.startswith("services.")} - {own, "runtime"}
         assert not others, f"{own} imports {others}"
+        assert not [name for name in found if name.split(".")[0] == "experiments"], "services import no experiment"
+    if relative.parts[0] == "experiments":
+        imported = {name for name in found if name.startswith("services.")}
+        assert not {name for name in imported if not name.startswith("services.simulator.envs")}, "experiments run no service"
 
 
 def test_functions_are_short() -> None:

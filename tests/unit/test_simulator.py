@@ -62,10 +62,11 @@ class FakeEnvironment(base.Environment):
         return np.full(4, 0.5, np.float32)
 
 
-def test_an_episode_ends_one_chunk_after_success_in_whole_chunks() -> None:
+def test_an_episode_ends_some_chunks_after_success_in_whole_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collect, "AFTER_SUCCESS", 1)
     env = FakeEnvironment()
     episode = collect.record(env, "go", Split.BASE, 1, 0.0)
-    # success at action 9, in chunk 2; chunk 3 is the one after
+    # success at action 9, in chunk 2; chunk 3 is the one after it
     assert len(episode.actions) == 16 and episode.success
     assert episode.images["primary"].shape == (17, 8, 8, 3) and episode.states.shape == (17, 2)
     assert [int(image[0, 0, 0]) for image in episode.images["primary"]] == list(range(17))

@@ -38,7 +38,7 @@ def trained() -> tuple[WorldModel, LatentBank, list[float]]:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     model, episodes, errors = WorldModel(SMALL), [moving_block(1), moving_block(-1)], []
-    settings = VAESettings(steps=40, batch=2, normalising_windows=8)
+    settings = VAESettings(steps=40, rate=2e-3, batch=2, normalising_windows=8)
     train_vae(model.vae, episodes, settings, 0, progress=lambda *a: errors.append(a[3]["error"]))
     bank = LatentBank(model.vae.requires_grad_(False), episodes)
     train_transformer(model, bank, TransformerSettings(steps=50, short_batch=4, long_batch=2, long_horizon=4, rate=5e-3), 0)

@@ -47,11 +47,15 @@ def lived_skills(episode: Episode) -> tuple[Skill, ...]:
     return tuple(skills)
 
 
-def cut_clips(episode: Episode, segmentation: Segmentation | None = None) -> list[Clip]:
-    """An episode's skills as clips of whole chunks; where the segmenter discards it, the skills as it lived them."""
+def cut_clips(episode: Episode, segmentation: Segmentation | None = None, phases: Sequence[int] = (0,)) -> list[Clip]:
+    """An episode's skills as clips of whole chunks; where the segmenter discards it, the skills as it lived them.
+
+    Each skill is cut once per phase, beginning that many frames later: chunks at other phases are other pairs.
+    """
     skills = (segmentation or segment_episode(episode)).skills or lived_skills(episode)
     grid = camera_grid(episode)
-    return [_clip(episode, grid, skill) for skill in skills]
+    shifted = [replace(skill, start=skill.start + phase) for phase in phases for skill in skills]
+    return [_clip(episode, grid, skill) for skill in shifted if skill.end - skill.start >= M]
 
 
 def _clip(episode: Episode, grid: ImageArray, skill: Skill) -> Clip:
@@ -84,10 +88,16 @@ class Cut:
 
 
 def read_cut(
-    root: Path, allowed: Collection[Split], rows: int, tasks: Collection[str] | None = None, limit: int | None = None
+    root: Path,
+    allowed: Collection[Split],
+    rows: int,
+    tasks: Collection[str] | None = None,
+    limit: int | None = None,
+    segmented: bool = True,
 ) -> Cut:
     """Read and segment demonstrations under `root` (<root>/<split>/<task>.hdf5), at most `limit` a task.
 
+    `segmented` false leaves each episode one clip with its instruction as the prompt: the data of Base-WM (METHOD section 2).
     Raises LeakageError for a split that is not allowed, robomimic.FormatError for files that are not readable.
     """
     episodes: list[CutEpisode] = []
@@ -98,7 +108,8 @@ def read_cut(
         counts[episode.task] = counts.get(episode.task, 0) + 1
         if limit is not None and counts[episode.task] > limit:
             continue
-        skills = segment_episode(episode).skills
+        whole = (Skill(episode.instruction, 0, len(episode.actions), "not segmented"),)
+        skills = segment_episode(episode).skills if segmented else whole
         if not skills:
             discarded += 1
             skills = lived_skills(episode)

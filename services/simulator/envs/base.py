@@ -152,6 +152,13 @@ class Environment(ABC):
     def close(self) -> None:
         """Release the simulator and its GL context. Closing twice is harmless."""
 
+    def expert_preview(self) -> tuple[FloatArray, dict[str, ImageArray]]:
+        """What the expert would do next: a chunk (M, A) and its frames, camera -> uint8 (M, height, width, 3).
+
+        The episode stays as it was, to the bit. Privileged: for oracles in experiments. Raises as `expert_action`.
+        """
+        raise InvalidInputError(f"task: simulator {self.spec.simulator} has no scripted expert")
+
     def expert_action(self) -> FloatArray:
         """The scripted expert's next action, float32 (A,). Raises InvalidInputError where the simulator has no expert."""
         raise InvalidInputError(f"task: simulator {self.spec.simulator} has no scripted expert")

@@ -1,7 +1,9 @@
 """Meta-World (`metaworld` 3.1, MuJoCo): a Sawyer arm over a table, seven tasks, two 64x64 cameras.
 
 Control: an action (dx, dy, dz, gripper) in [-1, 1] is held for two simulator steps of 12.5 ms (40 actions a second);
-gripper +1 closes, -1 opens. A scene is a function of (task, seed): positions are drawn from Meta-World's own ranges.
+gripper +1 closes, -1 opens. A scene is a function of (task, seed): objects and goals are drawn from Meta-World's own ranges, and
+the hand's start from a box around Meta-World's single start pose (START_LOW, START_HIGH). With one start pose, four
+demonstrations are enough to master four of the seven tasks, and no demonstration shows how to come from elsewhere.
 
 What we change, and why: the policy sees only images and proprioception, so the goal of reach, push and pick-place must be
 in the image. Its marker is enlarged, bright green, and stands on a post, because one camera cannot tell a high near sphere
@@ -10,6 +12,7 @@ from a low far one. The puck is blue, since the arm is red. All other sites are 
 
 from __future__ import annotations
 
+import copy
 import os
 
 # MuJoCo reads this once, on import. OSMesa is as fast as EGL without a GPU (both about 5 ms a frame) and needs no device.
@@ -44,6 +47,7 @@ ACTION_REPEAT = 2
 SIZE = 64
 OPEN_WIDTH = 0.0883  # metres between the inner faces of the pads after reset; measured, the same for all tasks
 PAD_THICKNESS = 0.006  # both pads' half thickness, from the inner faces to the pads' centres
+START_LOW, START_HIGH = (-0.1, -0.1, 0.0), (0.1, 0.05, 0.1)  # metres from Meta-World's start; wider, door-open's expert fails
 GOAL_TASKS = ("reach", "push", "pick-place")  # the goal is a free point, seen only by its marker
 GOAL_RADIUS = 0.04
 POST_RADIUS = 0.012
@@ -96,6 +100,7 @@ class Scene:
 
     env: Any
     expert: Any
+    home: npt.NDArray[np.float64]  # Meta-World's start position of the hand
     groups: dict[str, npt.NDArray[np.int32]]  # camera -> every geom's group, those that it cannot see in HIDDEN_GROUP
     renderer: mujoco.Renderer | None = None
 
@@ -117,6 +122,7 @@ class MetaworldEnvironment(Environment):
             self._scenes[task] = build_scene(task)
         self._task, self._success = task, False
         env = self._scenes[task].env
+        env.hand_init_pos = self._scenes[task].home + np.random.default_rng([seed, *task.encode()]).uniform(START_LOW, START_HIGH)
         env.seed(seed)
         # Meta-World places the object while the previous scene still stands; a second reset with the same draws
         # removes every trace of what this object did before.
@@ -153,6 +159,28 @@ class MetaworldEnvironment(Environment):
             warnings.simplefilter("ignore")  # "constants may be too high": they are clipped here
             action = self._scenes[self._task].expert.get_action(self._raw)
         return np.asarray(np.clip(action, -1.0, 1.0), np.float32)
+
+    def expert_preview(self) -> tuple[FloatArray, dict[str, ImageArray]]:
+        """See the base class. Restores MuJoCo's whole integration state and Meta-World's own counters."""
+        if not self._task:
+            raise InvalidInputError("task: no episode is running; reset first")
+        env, kind = self._scenes[self._task].env, mujoco.mjtState.mjSTATE_INTEGRATION
+        physics = np.zeros(mujoco.mj_stateSize(env.model, kind))
+        mujoco.mj_getState(env.model, env.data, physics, kind)
+        plain = (int, float, bool, np.ndarray, np.generic)
+        counters = {name: copy.deepcopy(value) for name, value in vars(env).items() if isinstance(value, plain)}
+        raw, success = self._raw.copy(), self._success
+        actions, shown = [], []
+        for _ in range(M):
+            actions.append(self.expert_action())
+            for _ in range(ACTION_REPEAT):
+                self._raw = env.step(actions[-1])[0]
+            shown.append(self._render())
+        mujoco.mj_setState(env.model, env.data, physics, kind)
+        mujoco.mj_forward(env.model, env.data)
+        vars(env).update(counters)
+        self._raw, self._success = raw, success
+        return np.stack(actions), stack_frames(shown, SPEC.cameras)
 
     def _state(self) -> FloatArray:
         """Fingertip centre x, y, z and the gap between the pads' inner faces, metres; float32 (4,).
@@ -228,7 +256,9 @@ def build_scene(task: str) -> Scene:
         puck.matid[:] = -1
         puck.rgba[:] = PUCK_COLOUR
     expert: Any = ENV_POLICY_MAP[name]
-    return Scene(env, expert(), {"primary": geom_groups(model, UNSEEN), "wrist": geom_groups(model, UNSEEN_BY_WRIST)})
+    home = np.array(env.hand_init_pos, np.float64)
+    groups = {"primary": geom_groups(model, UNSEEN), "wrist": geom_groups(model, UNSEEN_BY_WRIST)}
+    return Scene(env, expert(), home, groups)
 
 
 def geom_groups(model: mujoco.MjModel, unseen: tuple[str, ...]) -> npt.NDArray[np.int32]:

@@ -1,0 +1,77 @@
+"""What a method gets, and what it gives back: the same base, data, scenes and budget for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from experiments.arena import Arena, Policy
+from world2act.bundle import Bundle
+from world2act.models.adapters import Adapters
+from world2act.models.tiny_policy import TinyPolicy
+from world2act.models.worldmodel import WorldModel
+from world2act.presets import Stage2Settings
+from world2act.types import Episode
+
+Note = Callable[[str, float], None]
+"""Records a number of a training by name (losses by round, seconds of a part); the last value stays."""
+
+
+@dataclass
+class Parts:
+    """Everything a method may use. All are frozen; a method that trains one of them trains a copy.
+
+    labels: the labelled demonstrations of the regime, already read: the base's own, and every one that another part has seen.
+    settings: preset of Stage 2; its plan is the budget: every method runs the same number of episodes of split posttrain.
+    seed: training seed, also the seed of `schedule.plan`, so that all methods meet the same scenes.
+    """
+
+    base: TinyPolicy
+    model: WorldModel
+    adapters: Adapters
+    labels: Callable[[], Sequence[Episode]]
+    tasks: tuple[str, ...]
+    settings: Stage2Settings
+    seed: int
+    arena: Arena
+    note: Note = field(default=lambda name, value: None)
+
+
+class Method(Protocol):
+    """Trains a policy. Never sees success, reward or an expert's action (oracles say so in their names)."""
+
+    def __call__(self, parts: Parts) -> Policy: ...
+
+
+@dataclass
+class Frozen:
+    """A base policy alone."""
+
+    base: TinyPolicy
+    version: int = 0
+
+    def act(self, frames: Tensor, states: Tensor, instructions: Sequence[str], prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        chunk = self.base.act(frames, states, instructions)
+        return chunk, chunk
+
+
+@dataclass
+class WithResidual:
+    """A base policy and a residual bundle on top of it."""
+
+    base: TinyPolicy
+    bundle: Bundle
+    encode: Callable[[Tensor], Tensor]
+
+    @property
+    def version(self) -> int:
+        return self.bundle.version
+
+    @torch.no_grad()
+    def act(self, frames: Tensor, states: Tensor, instructions: Sequence[str], prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        chunk = self.base.act(frames, states, instructions)
+        return chunk, self.bundle.act(frames, states, chunk, instructions, self.encode)[1]

@@ -1,0 +1,17 @@
+"""(a) the base as it is; (b) the base retrained on every labelled demonstration that any other part has seen."""
+
+from __future__ import annotations
+
+from experiments.arena import Policy
+from experiments.methods.base import Frozen, Parts
+from experiments.regimes import clone
+
+
+def base(parts: Parts) -> Policy:
+    """Nothing is trained."""
+    return Frozen(parts.base)
+
+
+def more(parts: Parts) -> Policy:
+    """Behaviour cloning from scratch: the control that post-training has to beat."""
+    return Frozen(clone(parts.labels(), parts.seed))

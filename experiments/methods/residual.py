@@ -1,0 +1,41 @@
+"""Stage 2's loop with any source of targets: what ours, the inverse-dynamics residual and the oracles share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from experiments.arena import Policy, Run
+from experiments.methods.base import Frozen, Parts, WithResidual
+from world2act import schedule, stage2
+from world2act.stage2 import Learner, Stage2Dataset, Targets
+
+
+def post_train(parts: Parts, target: Callable[[Run], Targets], *, expert: bool = False) -> Policy:
+    """Round by round: execute the plan's episodes, label them with `target`, train on everything so far."""
+    learner = Learner(parts.adapters, parts.settings, parts.seed)
+    data = Stage2Dataset(parts.adapters, parts.settings, parts.model.encode)
+    seconds = {"execute": 0.0, "target": 0.0, "train": 0.0}
+    policy: Policy = Frozen(parts.base)
+    for number, members in schedule.rounds(schedule.plan(parts.settings, parts.tasks, parts.seed)):
+        started = time.monotonic()
+        runs = parts.arena.run(members, policy, expert=expert)
+        executed = time.monotonic()
+        for spec, run in zip(members, runs, strict=True):
+            data.add(spec, run.trajectory, target(run))
+        labelled = time.monotonic()
+        history = learner.train_round(data, schedule.steps_of(number, parts.settings))
+        policy = WithResidual(parts.base, learner.bundle(parts.base.hash), parts.model.encode)
+        seconds["execute"] += executed - started
+        seconds["target"] += labelled - executed
+        seconds["train"] += time.monotonic() - labelled
+        for name in ("decode", "positive_cosine", "residual_norm"):
+            parts.note(f"round_{number}/{name}", _last(history, name))
+    for name, value in seconds.items():
+        parts.note(f"seconds/{name}", value)
+    return policy
+
+
+def _last(history: list[stage2.Metrics], name: str, steps: int = 20) -> float:
+    values = [metrics[name] for metrics in history[-steps:]]
+    return sum(values) / len(values)

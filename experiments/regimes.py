@@ -1,0 +1,188 @@
+"""Who has seen which labels: the parts of a regime, built once and kept.
+
+shipped: the weights in zoo/ (base: few demonstrations; Stage 1: every labelled demonstration of split worldmodel).
+video-rich: n labelled demonstrations a task for everybody; the world model has seen plenty of video without actions. Stage 1
+    learns actions from the n demonstrations and from the robot's own rollouts, whose actions are known without any label,
+    names the actions of the video with that, and learns the predicted latents on those pseudo-actions.
+matched: n demonstrations a task for everybody, the world model too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from experiments.arena import Arena
+from experiments.methods.base import Frozen
+from world2act import behaviour_cloning, stage1, worldmodel_training
+from world2act.data import robomimic
+from world2act.data.clips import cut_clips
+from world2act.models.adapters import Adapters
+from world2act.models.tiny_policy import TinyPolicy, TinyPolicyConfig
+from world2act.models.worldmodel import WorldModel
+from world2act.presets import STAGE1, Stage1Settings
+from world2act.schedule import INDICES_PER_SEED, EpisodeSpec
+from world2act.splits import Split
+from world2act.types import Clip, Episode, M
+
+Kind = Literal["shipped", "video-rich", "matched"]
+
+PLAY_EPISODES = 20
+"""Own rollouts a task that Stage 1 of the video-rich regime learns from."""
+PLAY_NOISE = 0.6
+PLAY_SEED = 99
+"""The seed of `schedule.plan` whose scenes of split posttrain they use; no method uses it."""
+
+
+@dataclass(frozen=True)
+class Regime:
+    """demonstrations: labelled ones per task that the base has seen."""
+
+    kind: Kind = "shipped"
+    demonstrations: int = 4
+
+    @property
+    def name(self) -> str:
+        return "shipped" if self.kind == "shipped" else f"{self.kind}-{self.demonstrations}"
+
+
+@dataclass(frozen=True)
+class Places:
+    """out: results that are kept (cells); cache: parts that can be built again; demos: demonstrations; zoo: shipped weights."""
+
+    out: Path = Path("docs/results")
+    cache: Path = Path("data/experiments")
+    demos: Path = Path("data/demos")
+    zoo: Path = Path("zoo")
+
+    def part(self, regime: Regime, name: str) -> Path:
+        """The weights file of a regime's part: base, worldmodel or adapters."""
+        if regime.kind == "shipped" or (regime.kind == "video-rich" and name == "worldmodel"):
+            return self.zoo / f"{name}.safetensors"
+        kind = "cloned" if name == "base" else regime.kind  # the base does not depend on the rest
+        return self.cache / f"{kind}-{regime.demonstrations}" / f"{name}.safetensors"
+
+
+def labels(regime: Regime, places: Places, tasks: Sequence[str]) -> list[Episode]:
+    """Every labelled demonstration that any part of the regime has seen."""
+    episodes = few(places, tasks, regime.demonstrations)
+    if regime.kind == "shipped":
+        episodes += robomimic.read_root(places.demos, allowed=[Split.WORLDMODEL], tasks=tasks)
+    return episodes
+
+
+def few(places: Places, tasks: Sequence[str], count: int) -> list[Episode]:
+    """The first `count` demonstrations a task of split base. Raises ValueError where there are fewer."""
+    chosen: dict[str, list[Episode]] = {task: [] for task in tasks}
+    for episode in robomimic.read_root(places.demos, allowed=[Split.BASE], tasks=tasks):
+        if len(chosen[episode.task]) < count:
+            chosen[episode.task].append(episode)
+    short = [f"{task} {len(found)}" for task, found in chosen.items() if len(found) < count]
+    if short:
+        raise ValueError(f"demonstrations: need {count} a task of split base under {places.demos}, got {', '.join(short)}")
+    return [episode for found in chosen.values() for episode in found]
+
+
+def cloning_steps(episodes: int) -> int:
+    """Training steps of behaviour cloning on that many episodes: 1,000 at 28, more for more, 4,000 at most."""
+    return int(min(4000, 1000 * max(1.0, (episodes / 28) ** 0.5)))
+
+
+def clone(episodes: Sequence[Episode], seed: int, start: TinyPolicy | None = None) -> TinyPolicy:
+    """A base policy cloned from `episodes` of splits base and worldmodel, from `start`'s weights if given."""
+    torch.manual_seed(seed)
+    config = TinyPolicyConfig(actions=episodes[0].actions.shape[1], states=episodes[0].states.shape[1])
+    policy = TinyPolicy(config)
+    if start is not None:
+        policy.load_state_dict(start.state_dict())
+    samples = behaviour_cloning.samples_of(episodes, config.active_rows, (Split.BASE, Split.WORLDMODEL))
+    settings = behaviour_cloning.Settings(Path(), Path(), seed=seed, steps=cloning_steps(len(episodes)))
+    behaviour_cloning.train(policy, samples, settings)
+    return policy.requires_grad_(False)
+
+
+def prepare(regime: Regime, places: Places, tasks: Sequence[str]) -> dict[str, str]:
+    """Build what the regime lacks; returns the hash of each part."""
+    base = places.part(regime, "base")
+    if not base.exists():
+        clone(few(places, tasks, regime.demonstrations), seed=0).save(base, {"regime": regime.name})
+    model = places.part(regime, "worldmodel")
+    if not model.exists():
+        _matched_worldmodel(regime, places, tasks, model)
+    adapters = places.part(regime, "adapters")
+    if not adapters.exists():
+        build = _video_rich_adapters if regime.kind == "video-rich" else _matched_adapters
+        build(regime, places, tasks).save(adapters, {"regime": regime.name})
+    return {name: _hash(places.part(regime, name)) for name in ("base", "worldmodel", "adapters")}
+
+
+def _hash(path: Path) -> str:
+    import hashlib
+
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def play(arena: Arena, base: TinyPolicy, tasks: Sequence[str], count: int) -> Iterator[Clip]:
+    """Clips of the base's own noisy rollouts with the actions that were executed: no expert, no success, no reward."""
+    first = PLAY_SEED * INDICES_PER_SEED
+    for index in range(first, first + count):
+        specs = [EpisodeSpec(0, task, index, PLAY_NOISE, f"{index:x}{number:x}") for number, task in enumerate(tasks)]
+        for run in arena.run(specs, Frozen(base), film=True):
+            assert run.frames is not None
+            episode = run.trajectory
+            n = len(episode.executed)
+            prompt = episode.prompts[0]  # E_v never reads it
+            yield Clip(episode.task, prompt, run.frames, episode.executed, np.ones(n, np.bool_), episode.split, episode.index)
+
+
+def _video_rich_adapters(regime: Regime, places: Places, tasks: Sequence[str]) -> Adapters:
+    """Name the actions of the video from few labels and own rollouts, then Stage 1 on the named video."""
+    settings, seed = STAGE1["default"], 0
+    model = WorldModel.load(places.part(regime, "worldmodel"))
+    base = TinyPolicy.load(places.part(regime, "base"))
+    phases = range(0, M, max(1, M // settings.phases))
+    known = [clip for episode in few(places, tasks, regime.demonstrations) for clip in cut_clips(episode, phases=range(M))]
+    arena = Arena(base.action_std.numpy())
+    own = list(play(arena, base, tasks, PLAY_EPISODES))
+    arena.close()
+    labelled = stage1.build_data(model, known + own, settings.horizon, seed)
+    inverse, _ = stage1.train(labelled, inverse_settings(settings), seed)
+    video = (
+        clip
+        for episode in robomimic.read_root(places.demos, allowed=[Split.WORLDMODEL], tasks=tasks)
+        for clip in cut_clips(episode, phases=phases)
+    )
+    named = stage1.name_actions(inverse, stage1.build_data(model, video, settings.horizon, seed))
+    adapters, _ = stage1.train(named, settings, seed)
+    return adapters
+
+
+def inverse_settings(settings: Stage1Settings) -> Stage1Settings:
+    """Stage 1 on true latents alone: an inverse-dynamics model that names the actions of a video."""
+    return replace(settings, predicted_share=0.0)
+
+
+def _matched_adapters(regime: Regime, places: Places, tasks: Sequence[str]) -> Adapters:
+    settings = STAGE1["default"]
+    model = WorldModel.load(places.part(regime, "worldmodel"))
+    phases = range(0, M, max(1, M // settings.phases))
+    clips = [clip for episode in few(places, tasks, regime.demonstrations) for clip in cut_clips(episode, phases=phases)]
+    return stage1.train(stage1.build_data(model, clips, settings.horizon, 0), settings, 0)[0]
+
+
+def _matched_worldmodel(regime: Regime, places: Places, tasks: Sequence[str], out: Path) -> None:
+    """The whole world-model recipe, VAE too, on the regime's own demonstrations."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    settings = worldmodel_training.Settings(places.demos, out, tasks=tuple(tasks), limit=regime.demonstrations)
+    worldmodel_training.train_worldmodel(replace(settings, split=Split.BASE))
+
+
+def describe(regime: Regime, places: Places) -> str:
+    """For a log: the parts and where they come from."""
+    return json.dumps({name: str(places.part(regime, name)) for name in ("base", "worldmodel", "adapters")})

@@ -1,0 +1,168 @@
+"""What one cell computes: prepare a regime's parts, train a method on them, evaluate it on matched scenes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from experiments import distortions
+from experiments.arena import Arena
+from experiments.cells import Cell
+from experiments.methods import METHODS
+from experiments.methods.base import Parts
+from experiments.regimes import Places, Regime, labels, prepare
+from world2act.evaluation import Outcome
+from world2act.models.adapters import Adapters
+from world2act.models.tiny_policy import TinyPolicy
+from world2act.models.worldmodel import WorldModel
+from world2act.presets import STAGE2, Preset, Stage2Settings
+from world2act.splits import Split
+
+TASKS = ("button-press", "door-open", "drawer-close", "drawer-open", "pick-place", "push", "reach")
+"""All tasks of the simulator; none is left out of a table."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much an experiment computes. The paper: 5 seeds x 50 trials a task."""
+
+    seeds: int = 5
+    trials: int = 50
+    tasks: tuple[str, ...] = TASKS
+    split: Split = Split.EVALUATION
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1 or self.trials < 1 or not self.tasks:
+            raise ValueError(f"seeds, trials, tasks: need at least one each, got {self.seeds}, {self.trials}, {len(self.tasks)}")
+        if self.split not in (Split.EVALUATION, Split.TUNING):
+            raise ValueError(f"split: must be evaluation or tuning, got {self.split.value}")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of a table: a method in a regime. settings: fields of Stage2Settings that differ from the preset's.
+
+    trained_as: name under which its training is shared with other variants; distortion: what the cameras suffer, by name.
+    """
+
+    name: str
+    method: str = "world2act"
+    regime: Regime = field(default_factory=Regime)
+    preset: Preset = "default"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    distortion: str = "none"
+
+    def stage2(self) -> Stage2Settings:
+        """The preset with the variant's own fields. Raises ValueError, TypeError for a field that is unknown or out of range."""
+        return changed(STAGE2[self.preset], self.settings)
+
+
+def changed(settings: Stage2Settings, values: Mapping[str, Any]) -> Stage2Settings:
+    """`settings` with dotted fields replaced, such as {"plan.rounds": 2, "bound": 1.0}."""
+    for name, value in values.items():
+        head, _, rest = name.partition(".")
+        if not hasattr(settings, head):
+            raise ValueError(f"{name}: Stage 2 has no such setting")
+        inner = replace(getattr(settings, head), **{rest: value}) if rest else value
+        settings = replace(settings, **{head: inner})
+    return settings
+
+
+def cells(experiment: str, variants: Sequence[Variant], sizes: Sizes, hashes: Callable[[Regime], dict[str, str]]) -> list[Cell]:
+    """One cell per variant and seed. The regime's weights are part of what a cell is: other weights are other cells."""
+    found = []
+    for variant in variants:
+        what = {
+            "method": variant.method,
+            "regime": asdict(variant.regime),
+            "weights": hashes(variant.regime),
+            "stage2": asdict(variant.stage2()) if variant.method != "base" else {},
+            "distortion": variant.distortion,
+            "trials": sizes.trials,
+            "tasks": list(sizes.tasks),
+            "split": sizes.split.value,
+        }
+        found += [Cell(experiment, variant.name, seed, what) for seed in range(sizes.seeds)]
+    return found
+
+
+def prepare_all(variants: Sequence[Variant], places: Places, tasks: Sequence[str]) -> Callable[[Regime], dict[str, str]]:
+    """Build the parts of every regime; returns the look-up of their hashes."""
+    hashes = {variant.regime: prepare(variant.regime, places, tasks) for variant in variants}
+    return hashes.__getitem__
+
+
+def stage2_of(values: Mapping[str, Any]) -> Stage2Settings:
+    """Inverse of `asdict(Stage2Settings)` after a round through JSON."""
+    from world2act.objectives import Contrastive
+    from world2act.optimiser import Optimiser
+    from world2act.presets import Rounds
+
+    optimiser = Optimiser(**{**values["optimiser"], "betas": tuple(values["optimiser"]["betas"])})
+    inner = {"optimiser": optimiser, "contrastive": Contrastive(**values["contrastive"]), "plan": Rounds(**values["plan"])}
+    return Stage2Settings(**{**values, **inner})
+
+
+def scenes(seed: int, trials: int) -> range:
+    """The scenes of a training seed: each seed has its own, the same for every variant."""
+    return range(seed * trials, (seed + 1) * trials)
+
+
+def compute(cell: Cell, places: Places) -> dict[str, Any]:
+    """Train and evaluate one cell. Returns outcomes per task as a string of 0 and 1 in scene order, and what was noted."""
+    what = cell.what
+    regime = Regime(**what["regime"])
+    tasks = tuple(what["tasks"])
+    base = TinyPolicy.load(places.part(regime, "base"))
+    model = WorldModel.load(places.part(regime, "worldmodel"))
+    adapters = Adapters.load(places.part(regime, "adapters"))
+    adapters.check_worldmodel(model.hash)
+    arena = Arena(adapters.actions.std.numpy(), distortion=distortions.DISTORTIONS[what["distortion"]])
+    notes: dict[str, float] = {}
+    settings = stage2_of(what["stage2"]) if what["stage2"] else STAGE2["default"]
+    parts = Parts(
+        base,
+        model,
+        adapters,
+        lambda: labels(regime, places, tasks),
+        tasks,
+        settings,
+        cell.seed,
+        arena,
+        lambda name, value: notes.__setitem__(name, round(value, 5)),
+    )
+    started = time.monotonic()
+    policy = METHODS[what["method"]](parts)
+    trained = time.monotonic()
+    outcomes = arena.evaluate(policy, Split(what["split"]), tasks, scenes(cell.seed, what["trials"]))
+    notes["seconds/training"] = round(trained - started, 1)
+    notes["seconds/evaluation"] = round(time.monotonic() - trained, 1)
+    arena.close()
+    return {
+        "outcomes": {task: "".join(str(int(o.success)) for o in outcomes if o.task == task) for task in tasks},
+        "notes": notes,
+    }
+
+
+def outcomes_of(result: Mapping[str, Any]) -> list[Outcome]:
+    """The episodes of a cell's result."""
+    what, seed = result["cell"]["what"], result["cell"]["seed"]
+    indices = scenes(seed, what["trials"])
+    return [
+        Outcome(task, what["split"], index, mark == "1")
+        for task, marks in result["outcomes"].items()
+        for index, mark in zip(indices, marks, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class Work:
+    """`compute` for worker processes."""
+
+    places: Places
+
+    def __call__(self, cell: Cell, folder: Path) -> dict[str, Any]:
+        return compute(cell, self.places)
