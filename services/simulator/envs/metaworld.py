@@ -161,12 +161,11 @@ class MetaworldEnvironment(Environment):
         return np.asarray(np.clip(action, -1.0, 1.0), np.float32)
 
     def expert_preview(self) -> tuple[FloatArray, dict[str, ImageArray]]:
-        """See the base class. Restores MuJoCo's whole integration state and Meta-World's own counters."""
+        """See the base class. It plays on a copy of MuJoCo's data and restores Meta-World's own counters."""
         if not self._task:
             raise InvalidInputError("task: no episode is running; reset first")
-        env, kind = self._scenes[self._task].env, mujoco.mjtState.mjSTATE_INTEGRATION
-        physics = np.zeros(mujoco.mj_stateSize(env.model, kind))
-        mujoco.mj_getState(env.model, env.data, physics, kind)
+        env = self._scenes[self._task].env
+        kept, env.data = env.data, copy.copy(env.data)
         plain = (int, float, bool, np.ndarray, np.generic)
         counters = {name: copy.deepcopy(value) for name, value in vars(env).items() if isinstance(value, plain)}
         raw, success = self._raw.copy(), self._success
@@ -176,8 +175,7 @@ class MetaworldEnvironment(Environment):
             for _ in range(ACTION_REPEAT):
                 self._raw = env.step(actions[-1])[0]
             shown.append(self._render())
-        mujoco.mj_setState(env.model, env.data, physics, kind)
-        mujoco.mj_forward(env.model, env.data)
+        env.data = kept
         vars(env).update(counters)
         self._raw, self._success = raw, success
         return np.stack(actions), stack_frames(shown, SPEC.cameras)
