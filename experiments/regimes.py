@@ -5,12 +5,13 @@ video-rich: n labelled demonstrations a task for everybody; the world model has 
     learns actions from the n demonstrations and from the robot's own rollouts, whose actions are known without any label,
     names the actions of the video with that, and learns the predicted latents on those pseudo-actions.
 matched: n demonstrations a task for everybody, the world model too.
+Variants of any of them: Base-WM instead of Skill-WM (METHOD section 2), and Stage 1 of preset `paper`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -19,17 +20,18 @@ import numpy as np
 import torch
 
 from experiments.arena import Arena
-from experiments.methods.base import Frozen
+from experiments.policies import Frozen
 from world2act import behaviour_cloning, stage1, worldmodel_training
 from world2act.data import robomimic
 from world2act.data.clips import cut_clips
 from world2act.models.adapters import Adapters
 from world2act.models.tiny_policy import TinyPolicy, TinyPolicyConfig
 from world2act.models.worldmodel import WorldModel
-from world2act.presets import STAGE1, Stage1Settings
+from world2act.presets import STAGE1, Preset, Stage1Settings
 from world2act.schedule import INDICES_PER_SEED, EpisodeSpec
+from world2act.segmentation import Segmentation
 from world2act.splits import Split
-from world2act.types import Clip, Episode, M
+from world2act.types import Clip, Episode, M, Skill
 
 Kind = Literal["shipped", "video-rich", "matched"]
 
@@ -42,14 +44,20 @@ PLAY_SEED = 99
 
 @dataclass(frozen=True)
 class Regime:
-    """demonstrations: labelled ones per task that the base has seen."""
+    """demonstrations: labelled ones per task that the base has seen. worldmodel "base": trained on whole episodes with their
+    instruction as the prompt, and asked that way. stage1: preset of the adapters."""
 
     kind: Kind = "shipped"
     demonstrations: int = 4
+    worldmodel: Literal["skill", "base"] = "skill"
+    stage1: Preset = "default"
 
     @property
     def name(self) -> str:
-        return "shipped" if self.kind == "shipped" else f"{self.kind}-{self.demonstrations}"
+        plain = "shipped" if self.kind == "shipped" else f"{self.kind}-{self.demonstrations}"
+        return (
+            plain + ("" if self.worldmodel == "skill" else "-base-wm") + ("" if self.stage1 == "default" else f"-{self.stage1}")
+        )
 
 
 @dataclass(frozen=True)
@@ -63,10 +71,18 @@ class Places:
 
     def part(self, regime: Regime, name: str) -> Path:
         """The weights file of a regime's part: base, worldmodel or adapters."""
-        if regime.kind == "shipped" or (regime.kind == "video-rich" and name == "worldmodel"):
-            return self.zoo / f"{name}.safetensors"
-        kind = "cloned" if name == "base" else regime.kind  # the base does not depend on the rest
-        return self.cache / f"{kind}-{regime.demonstrations}" / f"{name}.safetensors"
+        plain = Regime(regime.kind, regime.demonstrations)
+        if name == "base":  # does not depend on the rest
+            folder = self.zoo if regime.kind == "shipped" else self.cache / f"cloned-{regime.demonstrations}"
+        elif name == "worldmodel" and regime.worldmodel == "base":
+            folder = self.cache / (f"{plain.name}-base-wm" if regime.kind == "matched" else "base-wm")
+        elif regime.kind == "shipped" and (name == "worldmodel" or regime == plain):
+            folder = self.zoo
+        elif name == "worldmodel":
+            folder = self.zoo if regime.kind == "video-rich" else self.cache / plain.name
+        else:
+            folder = self.cache / regime.name
+        return folder / f"{name}.safetensors"
 
 
 def labels(regime: Regime, places: Places, tasks: Sequence[str]) -> list[Episode]:
@@ -114,10 +130,10 @@ def prepare(regime: Regime, places: Places, tasks: Sequence[str]) -> dict[str, s
         clone(few(places, tasks, regime.demonstrations), seed=0).save(base, {"regime": regime.name})
     model = places.part(regime, "worldmodel")
     if not model.exists():
-        _matched_worldmodel(regime, places, tasks, model)
+        _train_worldmodel(regime, places, tasks, model)
     adapters = places.part(regime, "adapters")
-    if not adapters.exists():
-        build = _video_rich_adapters if regime.kind == "video-rich" else _matched_adapters
+    if not adapters.exists() or Adapters.load(adapters).worldmodel_hash != _hash(model):  # other weights in zoo since then
+        build = _video_rich_adapters if regime.kind == "video-rich" else _labelled_adapters
         build(regime, places, tasks).save(adapters, {"regime": regime.name})
     return {name: _hash(places.part(regime, name)) for name in ("base", "worldmodel", "adapters")}
 
@@ -141,26 +157,33 @@ def play(arena: Arena, base: TinyPolicy, tasks: Sequence[str], count: int) -> It
             yield Clip(episode.task, prompt, run.frames, episode.executed, np.ones(n, np.bool_), episode.split, episode.index)
 
 
+def _cut(regime: Regime, episodes: Iterable[Episode], phases: Sequence[int]) -> Iterator[Clip]:
+    """Clips as the regime's world model is asked for them: by skill, or whole with the instruction as the prompt."""
+    for episode in episodes:
+        whole = Skill(episode.instruction, 0, len(episode.actions), "not segmented")
+        yield from cut_clips(episode, None if regime.worldmodel == "skill" else Segmentation((whole,), None, (), ()), phases)
+
+
 def _video_rich_adapters(regime: Regime, places: Places, tasks: Sequence[str]) -> Adapters:
     """Name the actions of the video from few labels and own rollouts, then Stage 1 on the named video."""
-    settings, seed = STAGE1["default"], 0
+    naming, settings, seed = STAGE1["default"], STAGE1[regime.stage1], 0
     model = WorldModel.load(places.part(regime, "worldmodel"))
     base = TinyPolicy.load(places.part(regime, "base"))
-    phases = range(0, M, max(1, M // settings.phases))
-    known = [clip for episode in few(places, tasks, regime.demonstrations) for clip in cut_clips(episode, phases=range(M))]
-    arena = Arena(base.action_std.numpy())
+    known = list(_cut(regime, few(places, tasks, regime.demonstrations), range(M)))
+    arena = Arena(base.action_std.numpy(), segmented=regime.worldmodel == "skill")
     own = list(play(arena, base, tasks, PLAY_EPISODES))
     arena.close()
-    labelled = stage1.build_data(model, known + own, settings.horizon, seed)
-    inverse, _ = stage1.train(labelled, inverse_settings(settings), seed)
-    video = (
-        clip
-        for episode in robomimic.read_root(places.demos, allowed=[Split.WORLDMODEL], tasks=tasks)
-        for clip in cut_clips(episode, phases=phases)
-    )
+    labelled = stage1.build_data(model, known + own, naming.horizon, seed)
+    inverse, _ = stage1.train(labelled, inverse_settings(naming), seed)
+    episodes = robomimic.read_root(places.demos, allowed=[Split.WORLDMODEL], tasks=tasks)
+    video = _cut(regime, episodes, _phases(settings))
     named = stage1.name_actions(inverse, stage1.build_data(model, video, settings.horizon, seed))
     adapters, _ = stage1.train(named, settings, seed)
     return adapters
+
+
+def _phases(settings: Stage1Settings) -> range:
+    return range(0, M, max(1, M // settings.phases))
 
 
 def inverse_settings(settings: Stage1Settings) -> Stage1Settings:
@@ -168,19 +191,30 @@ def inverse_settings(settings: Stage1Settings) -> Stage1Settings:
     return replace(settings, predicted_share=0.0)
 
 
-def _matched_adapters(regime: Regime, places: Places, tasks: Sequence[str]) -> Adapters:
-    settings = STAGE1["default"]
+def _labelled_adapters(regime: Regime, places: Places, tasks: Sequence[str]) -> Adapters:
+    """Stage 1 on the demonstrations with their labels: matched, and shipped with other parts than those of the zoo."""
+    settings = STAGE1[regime.stage1]
     model = WorldModel.load(places.part(regime, "worldmodel"))
-    phases = range(0, M, max(1, M // settings.phases))
-    clips = [clip for episode in few(places, tasks, regime.demonstrations) for clip in cut_clips(episode, phases=phases)]
+    if regime.kind == "shipped":
+        episodes: Iterable[Episode] = robomimic.read_root(places.demos, allowed=[Split.WORLDMODEL], tasks=tasks)
+    else:
+        episodes = few(places, tasks, regime.demonstrations)
+    clips = _cut(regime, episodes, _phases(settings))
     return stage1.train(stage1.build_data(model, clips, settings.horizon, 0), settings, 0)[0]
 
 
-def _matched_worldmodel(regime: Regime, places: Places, tasks: Sequence[str], out: Path) -> None:
-    """The whole world-model recipe, VAE too, on the regime's own demonstrations."""
+def _train_worldmodel(regime: Regime, places: Places, tasks: Sequence[str], out: Path) -> None:
+    """The whole recipe. matched: on the regime's own demonstrations, VAE too. Base-WM: with the VAE of its Skill-WM."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    settings = worldmodel_training.Settings(places.demos, out, tasks=tuple(tasks), limit=regime.demonstrations)
-    worldmodel_training.train_worldmodel(replace(settings, split=Split.BASE))
+    settings = worldmodel_training.Settings(places.demos, out, tasks=tuple(tasks))
+    if regime.kind == "matched":
+        settings = replace(settings, split=Split.BASE, limit=regime.demonstrations)
+    if regime.worldmodel == "base":
+        skill = places.part(replace(regime, worldmodel="skill"), "worldmodel")
+        if not skill.exists():
+            _train_worldmodel(replace(regime, worldmodel="skill"), places, tasks, skill)
+        settings = replace(settings, segmented=False, vae_from=skill)
+    worldmodel_training.train_worldmodel(settings)
 
 
 def describe(regime: Regime, places: Places) -> str:

@@ -6,16 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import torch
-from torch import Tensor
-
 from experiments.arena import Arena, Policy
-from world2act.bundle import Bundle
+from experiments.policies import Frozen, WithResidual
 from world2act.models.adapters import Adapters
 from world2act.models.tiny_policy import TinyPolicy
 from world2act.models.worldmodel import WorldModel
 from world2act.presets import Stage2Settings
 from world2act.types import Episode
+
+__all__ = ["Frozen", "Method", "Note", "Parts", "WithResidual"]
 
 Note = Callable[[str, float], None]
 """Records a number of a training by name (losses by round, seconds of a part); the last value stays."""
@@ -45,33 +44,3 @@ class Method(Protocol):
     """Trains a policy. Never sees success, reward or an expert's action (oracles say so in their names)."""
 
     def __call__(self, parts: Parts) -> Policy: ...
-
-
-@dataclass
-class Frozen:
-    """A base policy alone."""
-
-    base: TinyPolicy
-    version: int = 0
-
-    def act(self, frames: Tensor, states: Tensor, instructions: Sequence[str], prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        chunk = self.base.act(frames, states, instructions)
-        return chunk, chunk
-
-
-@dataclass
-class WithResidual:
-    """A base policy and a residual bundle on top of it."""
-
-    base: TinyPolicy
-    bundle: Bundle
-    encode: Callable[[Tensor], Tensor]
-
-    @property
-    def version(self) -> int:
-        return self.bundle.version
-
-    @torch.no_grad()
-    def act(self, frames: Tensor, states: Tensor, instructions: Sequence[str], prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        chunk = self.base.act(frames, states, instructions)
-        return chunk, self.bundle.act(frames, states, chunk, instructions, self.encode)[1]

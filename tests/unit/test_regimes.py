@@ -1,0 +1,90 @@
+"""Who has seen which labels: the parts of a regime, and actions named without labels."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from experiments import regimes
+from experiments.regimes import Places, Regime
+from services.simulator.collect import env_args
+from services.simulator.envs.metaworld import SPEC
+from tests.unit.test_stage1 import QUICK, known_world
+from world2act import schedule, stage1
+from world2act.data.clips import cut_clips
+from world2act.data.robomimic import EpisodeWriter
+from world2act.presets import STAGE2
+from world2act.splits import LeakageError, Split
+from world2act.types import Episode, M
+
+PLACES = Places(cache=Path("cache"), zoo=Path("zoo"))
+
+
+def episode(index: int, task: str = "reach", split: Split = Split.BASE, actions: int = 8) -> Episode:
+    images = {name: np.full((actions + 1, 8, 8, 3), index, np.uint8) for name in ("primary", "wrist")}
+    states = np.zeros((actions + 1, 4), np.float32)
+    widths = np.full(actions + 1, 0.08, np.float32)
+    moves = np.arange(actions * 4, dtype=np.float32).reshape(actions, 4) / 100
+    return Episode(task, split.value, index, "reach the green goal", images, states, widths, moves, True)
+
+
+def write(root: Path, split: Split, count: int) -> None:
+    with EpisodeWriter(root / split.value / "reach.hdf5", split=split, env_args=env_args(SPEC, "reach")) as writer:
+        for index in range(count):
+            writer.write(episode(index, split=split))
+
+
+def test_each_regime_takes_its_own_parts() -> None:
+    shipped, rich, matched = Regime(), Regime("video-rich", 10), Regime("matched", 10)
+    assert {PLACES.part(shipped, name).parent for name in ("base", "worldmodel", "adapters")} == {Path("zoo")}
+    assert PLACES.part(rich, "worldmodel") == PLACES.part(shipped, "worldmodel"), "video without actions is plentiful"
+    assert PLACES.part(matched, "worldmodel") != PLACES.part(shipped, "worldmodel")
+    assert PLACES.part(rich, "base") == PLACES.part(matched, "base"), "the same base, whatever is built on it"
+    assert PLACES.part(rich, "adapters") != PLACES.part(matched, "adapters")
+    assert PLACES.part(Regime("matched", 25), "base") != PLACES.part(matched, "base")
+
+
+def test_own_rollouts_use_scenes_that_no_method_meets() -> None:
+    first = regimes.PLAY_SEED * schedule.INDICES_PER_SEED
+    plan = schedule.plan(STAGE2["default"], ["reach"], seed=4)
+    assert not {spec.index for spec in plan} & set(range(first, first + regimes.PLAY_EPISODES))
+
+
+def test_more_demonstrations_are_cloned_for_longer_up_to_a_limit() -> None:
+    steps = [regimes.cloning_steps(7 * n) for n in (4, 10, 25, 60, 160)]
+    assert steps == sorted(steps) and steps[0] == 1000 and steps[-1] == 4000
+
+
+def test_too_few_demonstrations_are_an_error_that_counts_them(tmp_path: Path) -> None:
+    write(tmp_path, Split.BASE, 3)
+    places = Places(demos=tmp_path)
+    assert [e.index for e in regimes.few(places, ["reach"], 2)] == [0, 1]
+    with pytest.raises(ValueError, match=r"need 4 a task of split base under .*, got reach 3"):
+        regimes.few(places, ["reach"], 4)
+
+
+def test_cloning_refuses_scenes_of_post_training() -> None:
+    with pytest.raises(LeakageError):
+        regimes.clone([episode(0, split=Split.POSTTRAIN)], seed=0)
+
+
+def test_phases_cut_other_pairs_of_the_same_video() -> None:
+    whole, shifted = cut_clips(episode(1), phases=(0, 2))
+    assert len(whole.actions) == 2 and len(shifted.actions) == 1
+    np.testing.assert_array_equal(shifted.actions.reshape(-1, 4), episode(1).actions[2:6])
+    assert len(shifted.frames) == 1 + M
+
+
+def test_actions_named_from_video_replace_the_labels() -> None:
+    data = known_world(clips=60)
+    settings = replace(QUICK, latent_noise=0.0)
+    inverse, _ = stage1.train(data, settings, seed=0)
+    hidden = known_world(seed=1, clips=20)
+    blind = stage1.name_actions(inverse, replace(hidden, actions=torch.zeros_like(hidden.actions)))
+    error = (blind.actions - hidden.actions)[hidden.mask].square().mean()
+    assert blind.actions.shape == hidden.actions.shape
+    assert error < 0.5 * hidden.actions[hidden.mask].var(), "the video says what was done"
