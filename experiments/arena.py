@@ -69,10 +69,19 @@ class _Lane:
 
 
 class Arena:
-    """Simulators of one process. spread: (A,) standard deviation of actions, the unit of an episode's noise."""
+    """Simulators of one process. spread: (A,) standard deviation of actions, the unit of an episode's noise.
 
-    def __init__(self, spread: FloatArray, simulator: str = "metaworld", distortion: Distortion | None = None) -> None:
-        self.simulator, self.spread, self.distortion = simulator, spread, distortion
+    segmented: prompts are the active skill; False: the whole instruction (Base-WM).
+    """
+
+    def __init__(
+        self,
+        spread: FloatArray,
+        simulator: str = "metaworld",
+        distortion: Distortion | None = None,
+        segmented: bool = True,
+    ) -> None:
+        self.simulator, self.spread, self.distortion, self.segmented = simulator, spread, distortion, segmented
         self._planner = RuleBasedPlanner()
         self._environments: dict[str, Environment] = {}
         probe = make(simulator)
@@ -137,7 +146,7 @@ class Arena:
         task = self.spec.task(spec.task)
         first: Observation = self.environment(spec.task).reset(spec.task, scene_seed(split, spec.index))
         skill = OnlineSkill(self._planner.plan(task.instruction, task.name))
-        prompt = skill.update(float(first.state[self.spec.gripper_width_index]))
+        prompt = skill.update(float(first.state[self.spec.gripper_width_index])) if self.segmented else task.instruction
         image = self._seen(stitch(first.images, self.cells), spec, 0)
         offsets = schedule.perturbation(spec, task.max_chunks, self.spread)
         lane = _Lane(place, spec, skill, prompt, image, first.state, offsets)
@@ -175,7 +184,8 @@ class Arena:
         lane.success |= result.success
         lane.image = self._seen(grids[-1], lane.spec, chunk + 1)
         lane.state = result.states[-1]
-        lane.prompt = lane.skill.update(result.states[:, self.spec.gripper_width_index])
+        if self.segmented:
+            lane.prompt = lane.skill.update(result.states[:, self.spec.gripper_width_index])
         return result
 
     def _finish(self, lane: _Lane, version: int, split: Split, film: bool, expert: bool) -> Run:

@@ -6,11 +6,13 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from multiprocessing import connection
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
@@ -50,18 +52,66 @@ def read(cell: Cell, folder: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def _one(work: Work, cell: Cell, folder: Path) -> None:
-    import torch
+def write_whole(path: Path, content: str) -> None:
+    """Write a text file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(content)
+    temporary.replace(path)
 
-    torch.set_num_threads(1)
+
+def _one(work: Work, cell: Cell, folder: Path) -> None:
     started = time.monotonic()
     result = work(cell, folder)
     content = {"cell": asdict(cell), "wall_seconds": round(time.monotonic() - started, 1), **result}
-    path = cell.path(folder)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=1))
-    temporary.replace(path)
+    write_whole(cell.path(folder), json.dumps(content, indent=1))
+
+
+def _guarded(function: Callable[..., None], arguments: tuple[Any, ...], log: Path) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to children too: the parent decides when they end
+    try:
+        function(*arguments)
+    except Exception as error:
+        write_whole(log, f"{type(error).__name__}: {' '.join(str(error).split())}\n{traceback.format_exc()}")
+        raise SystemExit(1) from None
+
+
+def processes(
+    calls: dict[str, tuple[Callable[..., None], tuple[Any, ...]]], workers: int, logs: Path
+) -> Iterator[tuple[str, str | None]]:
+    """Run each call (importable function, arguments) in a process of its own, `workers` at a time.
+
+    Yields (name, None), or (name, why it failed), as they end; `logs`/<name>.error holds the trace. One that is killed takes no
+    other with it. When the consumer stops, by Ctrl-C too, those that still run are ended.
+    """
+    context = multiprocessing.get_context("spawn")
+    waiting = list(calls)
+    running: dict[int, tuple[SpawnProcess, str]] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < max(1, workers):
+                name = waiting.pop(0)
+                log = logs / f"{name}.error"
+                log.unlink(missing_ok=True)
+                process = context.Process(target=_guarded, args=(*calls[name], log), name=name, daemon=True)
+                process.start()
+                running[process.sentinel] = process, name
+            for sentinel in connection.wait(list(running)):
+                assert isinstance(sentinel, int)
+                process, name = running.pop(sentinel)
+                process.join()
+                yield name, _why(process, logs / f"{name}.error")
+    finally:
+        for process, _ in running.values():
+            process.terminate()
+        for process, _ in running.values():
+            process.join()
+
+
+def _why(process: SpawnProcess, log: Path) -> str | None:
+    if process.exitcode == 0:
+        return None
+    return log.read_text().splitlines()[0] if log.exists() else f"its process ended with status {process.exitcode}"
 
 
 def run(cells: Sequence[Cell], work: Work, folder: Path, workers: int, progress: Progress = no_progress) -> list[str]:
@@ -71,20 +121,12 @@ def run(cells: Sequence[Cell], work: Work, folder: Path, workers: int, progress:
     finished, failures = len(unique) - len(missing), []
     progress("cells", finished, len(unique), {})
     for stage in sorted({cell.stage for cell in missing}):
-        members = [cell for cell in missing if cell.stage == stage]
-        with ProcessPoolExecutor(max(1, min(workers, len(members))), multiprocessing.get_context("spawn")) as pool:
-            futures = {pool.submit(_one, work, cell, folder): cell for cell in members}
-            for future in as_completed(futures):
-                finished += 1
-                progress("cells", finished, len(unique), {})
-                error = future.exception()
-                if error is not None:
-                    cell = futures[future]
-                    trace = "".join(traceback.format_exception(error))
-                    log = cell.path(folder).with_suffix(".error")
-                    log.parent.mkdir(parents=True, exist_ok=True)
-                    log.write_text(trace)
-                    failures.append(f"{cell.name}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+        members = {cell.name: (_one, (work, cell, folder)) for cell in missing if cell.stage == stage}
+        for name, error in processes(members, workers, folder / "cells"):
+            finished += 1
+            if error is not None:
+                failures.append(f"{name}: {error}")
+            progress("cells", finished, len(unique), {"failed": float(len(failures))} if failures else {})
         if failures:
             break  # the next stage needs this one
     return failures

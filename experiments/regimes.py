@@ -123,19 +123,33 @@ def clone(episodes: Sequence[Episode], seed: int, start: TinyPolicy | None = Non
     return policy.requires_grad_(False)
 
 
+PARTS = ("base", "worldmodel", "adapters")
+
+
+def lacking(regime: Regime, places: Places) -> list[str]:
+    """Parts that have to be built. Adapters of another world model (the zoo's may have changed since) are none."""
+    missing = [name for name in PARTS if not places.part(regime, name).exists()]
+    if not missing:
+        adapters = Adapters.load(places.part(regime, "adapters"))
+        missing = [] if adapters.worldmodel_hash == _hash(places.part(regime, "worldmodel")) else ["adapters"]
+    return missing
+
+
 def prepare(regime: Regime, places: Places, tasks: Sequence[str]) -> dict[str, str]:
-    """Build what the regime lacks; returns the hash of each part."""
-    base = places.part(regime, "base")
-    if not base.exists():
-        clone(few(places, tasks, regime.demonstrations), seed=0).save(base, {"regime": regime.name})
-    model = places.part(regime, "worldmodel")
-    if not model.exists():
-        _train_worldmodel(regime, places, tasks, model)
-    adapters = places.part(regime, "adapters")
-    if not adapters.exists() or Adapters.load(adapters).worldmodel_hash != _hash(model):  # other weights in zoo since then
+    """Build what the regime lacks; returns the hash of each part. Raises FileNotFoundError for a shipped part that is missing."""
+    missing = lacking(regime, places)
+    for name in missing:
+        path = places.part(regime, name)
+        if path.parent == places.zoo:
+            raise FileNotFoundError(f"{path}: not there, or of another world model; `make zoo` makes it")
+    if "base" in missing:
+        clone(few(places, tasks, regime.demonstrations), seed=0).save(places.part(regime, "base"), {"regime": regime.name})
+    if "worldmodel" in missing:
+        _train_worldmodel(regime, places, tasks, places.part(regime, "worldmodel"))
+    if missing and lacking(regime, places):
         build = _video_rich_adapters if regime.kind == "video-rich" else _labelled_adapters
-        build(regime, places, tasks).save(adapters, {"regime": regime.name})
-    return {name: _hash(places.part(regime, name)) for name in ("base", "worldmodel", "adapters")}
+        build(regime, places, tasks).save(places.part(regime, "adapters"), {"regime": regime.name})
+    return {name: _hash(places.part(regime, name)) for name in PARTS}
 
 
 def _hash(path: Path) -> str:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from experiments import distortions
-from experiments.arena import Arena
-from experiments.cells import Cell
+from experiments.arena import Arena, Policy
+from experiments.cells import Cell, processes
 from experiments.methods import METHODS
 from experiments.methods.base import Parts
-from experiments.regimes import Places, Regime, labels, prepare
+from experiments.regimes import Places, Regime, labels, lacking, prepare
+from world2act.console import Progress, no_progress
 from world2act.evaluation import Outcome
 from world2act.models.adapters import Adapters
 from world2act.models.tiny_policy import TinyPolicy
@@ -45,7 +48,8 @@ class Sizes:
 class Variant:
     """One row of a table: a method in a regime. settings: fields of Stage2Settings that differ from the preset's.
 
-    trained_as: name under which its training is shared with other variants; distortion: what the cameras suffer, by name.
+    distortion: what the cameras suffer, by name; train_tasks: tasks that are post-trained, None for all that are evaluated;
+    every_round: evaluate after each round too. Variants of one name and content share their cells.
     """
 
     name: str
@@ -54,6 +58,8 @@ class Variant:
     preset: Preset = "default"
     settings: Mapping[str, Any] = field(default_factory=dict)
     distortion: str = "none"
+    train_tasks: tuple[str, ...] | None = None
+    every_round: bool = False
 
     def stage2(self) -> Stage2Settings:
         """The preset with the variant's own fields. Raises ValueError, TypeError for a field that is unknown or out of range."""
@@ -61,21 +67,22 @@ class Variant:
 
 
 def changed(settings: Stage2Settings, values: Mapping[str, Any]) -> Stage2Settings:
-    """`settings` with dotted fields replaced, such as {"plan.rounds": 2, "bound": 1.0}."""
+    """`settings` with dotted fields replaced, such as {"plan.rounds": 2, "bound": 1.0}; all at once, so order does not matter."""
+    outer: dict[str, Any] = {}
     for name, value in values.items():
         head, _, rest = name.partition(".")
-        if not hasattr(settings, head):
+        present = getattr(settings, head, None)
+        if present is None or (rest and not hasattr(present, rest)) or (not rest and is_dataclass(present)):
             raise ValueError(f"{name}: Stage 2 has no such setting")
-        inner = replace(getattr(settings, head), **{rest: value}) if rest else value
-        settings = replace(settings, **{head: inner})
-    return settings
+        outer[head] = replace(outer.get(head, present), **{rest: value}) if rest else value
+    return replace(settings, **outer)
 
 
 def cells(experiment: str, variants: Sequence[Variant], sizes: Sizes, hashes: Callable[[Regime], dict[str, str]]) -> list[Cell]:
     """One cell per variant and seed. The regime's weights are part of what a cell is: other weights are other cells."""
     found = []
     for variant in variants:
-        what = {
+        what: dict[str, Any] = {
             "method": variant.method,
             "regime": asdict(variant.regime),
             "weights": hashes(variant.regime),
@@ -85,14 +92,40 @@ def cells(experiment: str, variants: Sequence[Variant], sizes: Sizes, hashes: Ca
             "tasks": list(sizes.tasks),
             "split": sizes.split.value,
         }
+        if variant.train_tasks is not None:
+            what["train_tasks"] = list(variant.train_tasks)
+        if variant.every_round:
+            what["every_round"] = True
         found += [Cell(experiment, variant.name, seed, what) for seed in range(sizes.seeds)]
     return found
 
 
-def prepare_all(variants: Sequence[Variant], places: Places, tasks: Sequence[str]) -> Callable[[Regime], dict[str, str]]:
-    """Build the parts of every regime; returns the look-up of their hashes."""
-    hashes = {variant.regime: prepare(variant.regime, places, tasks) for variant in variants}
-    return hashes.__getitem__
+def prepare_all(
+    variants: Sequence[Variant], places: Places, tasks: Sequence[str], workers: int = 1, progress: Progress = no_progress
+) -> Callable[[Regime], dict[str, str]]:
+    """Build the parts of every regime; returns the look-up of their hashes. Raises RuntimeError naming a part that failed.
+
+    Regimes that share a base are built in turn, others side by side, in processes of their own.
+    """
+    regimes = list(dict.fromkeys(variant.regime for variant in variants))
+    groups: dict[str, list[Regime]] = {}
+    for regime in regimes:
+        if lacking(regime, places):
+            groups.setdefault(places.part(regime, "base").parent.name, []).append(regime)
+    calls = {name: (_prepare, (members, places, tuple(tasks))) for name, members in groups.items()}
+    failures = []
+    for done, (name, error) in enumerate(processes(calls, workers, places.cache / "logs"), 1):
+        progress("parts", done, len(calls), {})
+        failures += [f"{name}: {error}"] if error else []
+    if failures:
+        raise RuntimeError(f"parts could not be built: {'; '.join(failures)}")
+    return {regime: prepare(regime, places, tasks) for regime in regimes}.__getitem__
+
+
+def _prepare(regimes: Sequence[Regime], places: Places, tasks: Sequence[str]) -> None:
+    torch.set_num_threads(1)
+    for regime in regimes:
+        prepare(regime, places, tasks)
 
 
 def stage2_of(values: Mapping[str, Any]) -> Stage2Settings:
@@ -120,31 +153,39 @@ def compute(cell: Cell, places: Places) -> dict[str, Any]:
     model = WorldModel.load(places.part(regime, "worldmodel"))
     adapters = Adapters.load(places.part(regime, "adapters"))
     adapters.check_worldmodel(model.hash)
-    arena = Arena(adapters.actions.std.numpy(), distortion=distortions.DISTORTIONS[what["distortion"]])
+    arena = Arena(
+        adapters.actions.std.numpy(),
+        distortion=distortions.DISTORTIONS[what["distortion"]],
+        segmented=regime.worldmodel == "skill",
+    )
     notes: dict[str, float] = {}
-    settings = stage2_of(what["stage2"]) if what["stage2"] else STAGE2["default"]
+    rounds: list[dict[str, str]] = []
+
+    def outcomes(policy: Policy) -> dict[str, str]:
+        found = arena.evaluate(policy, Split(what["split"]), tasks, scenes(cell.seed, what["trials"]))
+        return {task: "".join(str(int(o.success)) for o in found if o.task == task) for task in tasks}
+
     parts = Parts(
         base,
         model,
         adapters,
         lambda: labels(regime, places, tasks),
-        tasks,
-        settings,
+        tuple(what.get("train_tasks", tasks)),
+        stage2_of(what["stage2"]) if what["stage2"] else STAGE2["default"],
         cell.seed,
         arena,
         lambda name, value: notes.__setitem__(name, round(value, 5)),
     )
+    if what.get("every_round"):
+        parts.on_round = lambda number, policy: rounds.append(outcomes(policy))
     started = time.monotonic()
     policy = METHODS[what["method"]](parts)
     trained = time.monotonic()
-    outcomes = arena.evaluate(policy, Split(what["split"]), tasks, scenes(cell.seed, what["trials"]))
+    result: dict[str, Any] = {"outcomes": outcomes(policy), "notes": notes}
     notes["seconds/training"] = round(trained - started, 1)
     notes["seconds/evaluation"] = round(time.monotonic() - trained, 1)
     arena.close()
-    return {
-        "outcomes": {task: "".join(str(int(o.success)) for o in outcomes if o.task == task) for task in tasks},
-        "notes": notes,
-    }
+    return result | ({"rounds": rounds} if rounds else {})
 
 
 def outcomes_of(result: Mapping[str, Any]) -> list[Outcome]:
@@ -165,4 +206,5 @@ class Work:
     places: Places
 
     def __call__(self, cell: Cell, folder: Path) -> dict[str, Any]:
+        torch.set_num_threads(1)
         return compute(cell, self.places)

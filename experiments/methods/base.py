@@ -27,6 +27,8 @@ class Parts:
     labels: the labelled demonstrations of the regime, already read: the base's own, and every one that another part has seen.
     settings: preset of Stage 2; its plan is the budget: every method runs the same number of episodes of split posttrain.
     seed: training seed, also the seed of `schedule.plan`, so that all methods meet the same scenes.
+    on_round: called by methods that train in rounds, with the round's number and the policy after it; it may evaluate, and
+        its time counts as training.
     """
 
     base: TinyPolicy
@@ -38,6 +40,7 @@ class Parts:
     seed: int
     arena: Arena
     note: Note = field(default=lambda name, value: None)
+    on_round: Callable[[int, Policy], None] = field(default=lambda number, policy: None)
 
 
 class Method(Protocol):

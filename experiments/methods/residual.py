@@ -1,4 +1,4 @@
-"""Stage 2's loop with any source of targets: what ours, the inverse-dynamics residual and the oracles share."""
+"""Stage 2's loop with any source of targets and any adapter: what ours, the inverse-dynamics residual, LoRA and oracles share."""
 
 from __future__ import annotations
 
@@ -11,10 +11,21 @@ from world2act import schedule, stage2
 from world2act.stage2 import Learner, Stage2Dataset, Targets
 
 
-def post_train(parts: Parts, target: Callable[[Run], Targets], *, expert: bool = False) -> Policy:
-    """Round by round: execute the plan's episodes, label them with `target`, train on everything so far."""
-    learner = Learner(parts.adapters, parts.settings, parts.seed)
-    data = Stage2Dataset(parts.adapters, parts.settings, parts.model.encode)
+def post_train(
+    parts: Parts,
+    target: Callable[[Run], Targets],
+    *,
+    expert: bool = False,
+    learner: Learner | None = None,
+    policy_of: Callable[[Learner], Policy] | None = None,
+) -> Policy:
+    """Round by round: execute the plan's episodes, label them with `target`, train on everything so far.
+
+    learner: another than the residual's; policy_of: what acts with it (both or none).
+    """
+    learner = learner or Learner(parts.adapters, parts.settings, parts.seed)
+    policy_of = policy_of or (lambda trained: WithResidual(parts.base, trained.bundle(parts.base.hash), parts.model.encode))
+    data = Stage2Dataset(parts.adapters, learner.settings, parts.model.encode)
     seconds = {"execute": 0.0, "target": 0.0, "train": 0.0}
     policy: Policy = Frozen(parts.base)
     for number, members in schedule.rounds(schedule.plan(parts.settings, parts.tasks, parts.seed)):
@@ -25,12 +36,13 @@ def post_train(parts: Parts, target: Callable[[Run], Targets], *, expert: bool =
             data.add(spec, run.trajectory, target(run))
         labelled = time.monotonic()
         history = learner.train_round(data, schedule.steps_of(number, parts.settings))
-        policy = WithResidual(parts.base, learner.bundle(parts.base.hash), parts.model.encode)
+        policy = policy_of(learner)
         seconds["execute"] += executed - started
         seconds["target"] += labelled - executed
         seconds["train"] += time.monotonic() - labelled
         for name in ("decode", "positive_cosine", "residual_norm"):
             parts.note(f"round_{number}/{name}", _last(history, name))
+        parts.on_round(number, policy)
     for name, value in seconds.items():
         parts.note(f"seconds/{name}", value)
     return policy
