@@ -12,7 +12,7 @@ import copy
 import itertools
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -66,11 +66,17 @@ class Imagination(Protocol):
 
 
 @torch.no_grad()
-def closed_loop_targets(model: Imagination, adapters: Adapters, trajectory: Trajectory, seed: int = 0) -> Targets:
-    """One chunk imagined from each visited frame: latent 1 pairs with the chunk that starts there."""
+def closed_loop_targets(model: Imagination, adapters: Adapters, trajectory: Trajectory, seed: int = 0, every: int = 1) -> Targets:
+    """One clip of `every` chunks from every `every`-th visited frame, under the skill active there.
+
+    Latent k pairs with the k-th chunk from that frame on; of the last clip, what reaches beyond the episode is dropped. Visited
+    frames come back as latents only with every = 1, where each starts a clip.
+    """
     frames = torch.from_numpy(trajectory.frames)
-    latents = model.imagine(frames, trajectory.prompts, 1, [seed + i for i in range(len(frames))])
-    return Targets(adapters.video(latents[:, 1:])[:, 0], torch.ones(len(frames), dtype=torch.bool), latents[:, 0])
+    n = len(frames)
+    latents = model.imagine(frames[::every], trajectory.prompts[::every], every, [seed + i for i in range(0, n, every)])
+    embeddings = adapters.video(latents[:, 1:]).flatten(0, 1)[:n]
+    return Targets(embeddings, torch.ones(n, dtype=torch.bool), latents[:, 0] if every == 1 else None)
 
 
 @torch.no_grad()
@@ -83,6 +89,30 @@ def open_loop_targets(model: Imagination, adapters: Adapters, trajectory: Trajec
         parts.append(adapters.video(latents[:, 1:])[0])
         start = model.decode(latents)[:, -1]
     return Targets(torch.cat(parts), torch.ones(len(trajectory.frames), dtype=torch.bool))
+
+
+@torch.no_grad()
+def aligned(targets: Targets, adapters: Adapters, trajectory: Trajectory) -> Targets:
+    """Open-loop targets matched in time: each chunk takes the target of the imagined chunk that `objectives.monotone_path` gives
+    to what was executed there, skill by skill. What was executed says how far the episode is; the base's chunk would not."""
+    executed = adapters.action(adapters.actions.normalise(torch.from_numpy(trajectory.executed).float())[None])[0]
+    paths, first = [], 0
+    for _, same in itertools.groupby(trajectory.prompts):
+        end = first + len(list(same))
+        paths.append(first + objectives.monotone_path(targets.embeddings[first:end], executed[first:end]))
+        first = end
+    path = torch.cat(paths)
+    return replace(targets, embeddings=targets.embeddings[path], mask=targets.mask[path])
+
+
+def imagined_targets(
+    model: Imagination, adapters: Adapters, settings: Stage2Settings, trajectory: Trajectory, seed: int = 0
+) -> Targets:
+    """The targets that `settings` name."""
+    if settings.target == "closed-loop":
+        return closed_loop_targets(model, adapters, trajectory, seed, settings.closed_loop_every)
+    targets = open_loop_targets(model, adapters, trajectory, seed)
+    return aligned(targets, adapters, trajectory) if settings.alignment == "monotone" else targets
 
 
 # --- data -----------------------------------------------------------------------------------------------------------------
@@ -250,14 +280,24 @@ class Learner:
         residual = self.policy(visual, states, batch.base[mask], [batch.instructions[i] for i in episodes])
         combined = batch.base.masked_scatter(mask[..., None, None], batch.base[mask] + residual)
         e_a = self.policy.action_adapter(combined)
+        cosine = objectives.positive_cosine(batch.target, e_a, mask)
         terms = {"decode": objectives.decode_loss(combined, batch.chunk, mask)}
         if settings.contrastive_weight:
             terms["contrastive"] = objectives.contrastive_loss(batch.target, e_a, mask, batch.tasks, settings.contrastive)
-        total = settings.decode_weight * terms["decode"] + settings.contrastive_weight * terms.get("contrastive", torch.zeros(()))
+        if settings.cosine_weight:
+            terms["cosine"] = 1.0 - cosine
+        if settings.residual_penalty:
+            terms["penalty"] = residual.square().mean()
+        weights = {
+            "decode": settings.decode_weight,
+            "contrastive": settings.contrastive_weight,
+            "cosine": settings.cosine_weight,
+            "penalty": settings.residual_penalty,
+        }
         return {
             **terms,
-            "loss": total,
-            "positive_cosine": objectives.positive_cosine(batch.target, e_a, mask),
+            "loss": torch.stack([weights[name] * term for name, term in terms.items()]).sum(),
+            "positive_cosine": cosine,
             "residual_norm": residual.detach().square().mean().sqrt(),
         }
 

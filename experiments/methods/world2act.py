@@ -1,4 +1,4 @@
-"""Ours: Stage 2 towards the world model's latents, with the preset of the cell."""
+"""Ours: Stage 2 towards the world model's latents, with the settings of the cell."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from world2act.stage2 import Targets
 
 
 def train(parts: Parts) -> Policy:
-    """Targets as `parts.settings.target` says: imagined again from each visited frame, or one clip from the first frame."""
-    imagine = stage2.closed_loop_targets if parts.settings.target == "closed-loop" else stage2.open_loop_targets
+    """Targets as `parts.settings` say: where they are imagined from, how far, and how they are matched in time."""
 
     def target(run: Run) -> Targets:
-        return imagine(parts.model, parts.adapters, run.trajectory, parts.seed)
+        return stage2.imagined_targets(parts.model, parts.adapters, parts.settings, run.trajectory, parts.seed)
 
     return post_train(parts, target)
