@@ -263,7 +263,7 @@ def table(presets: Mapping[Preset, Any]) -> str:
 def with_tables(text: str) -> str:
     """`text` with what stands between <!-- stage1 --> or <!-- stage2 --> and <!-- end --> replaced by the present tables."""
     for name, presets in (("stage1", STAGE1), ("stage2", STAGE2)):
-        made = f"<!-- {name} -->\n{table(presets)}\n<!-- end -->"
+        made = f"<!-- {name} -->\n\n{table(presets)}\n\n<!-- end -->"
         text, found = re.subn(f"<!-- {name} -->.*?<!-- end -->", lambda _, made=made: made, text, flags=re.DOTALL)  # type: ignore[misc]
         if found != 1:
             raise ValueError(f"<!-- {name} --> ... <!-- end -->: must stand in the text once, found {found}")

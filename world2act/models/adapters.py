@@ -45,6 +45,8 @@ class AdapterSettings:
                 raise ValueError(f"{name}: must be >= 1, got {getattr(self, name)}")
         if self.pool not in ("average", "flatten"):
             raise ValueError(f"pool: must be 'average' or 'flatten', got {self.pool!r}")
+        if len(self.pool_grid) != 2 or min(self.pool_grid) < 1:
+            raise ValueError(f"pool_grid: must be two numbers >= 1, got {self.pool_grid}")
 
 
 def to_sphere(embedding: Tensor) -> Tensor:
