@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from world2act.evaluation import Outcome
 from world2act.models.adapters import Adapters
 from world2act.models.tiny_policy import TinyPolicy
 from world2act.models.worldmodel import WorldModel
-from world2act.presets import STAGE2, Preset, Stage2Settings
+from world2act.presets import STAGE2, Preset, Stage2Settings, changed
 from world2act.splits import Split
 
 TASKS = ("button-press", "door-open", "drawer-close", "drawer-open", "pick-place", "push", "reach")
@@ -64,18 +65,6 @@ class Variant:
     def stage2(self) -> Stage2Settings:
         """The preset with the variant's own fields. Raises ValueError, TypeError for a field that is unknown or out of range."""
         return changed(STAGE2[self.preset], self.settings)
-
-
-def changed(settings: Stage2Settings, values: Mapping[str, Any]) -> Stage2Settings:
-    """`settings` with dotted fields replaced, such as {"plan.rounds": 2, "bound": 1.0}; all at once, so order does not matter."""
-    outer: dict[str, Any] = {}
-    for name, value in values.items():
-        head, _, rest = name.partition(".")
-        present = getattr(settings, head, None)
-        if present is None or (rest and not hasattr(present, rest)) or (not rest and is_dataclass(present)):
-            raise ValueError(f"{name}: Stage 2 has no such setting")
-        outer[head] = replace(outer.get(head, present), **{rest: value}) if rest else value
-    return replace(settings, **outer)
 
 
 def cells(experiment: str, variants: Sequence[Variant], sizes: Sizes, hashes: Callable[[Regime], dict[str, str]]) -> list[Cell]:
@@ -181,6 +170,7 @@ def compute(cell: Cell, places: Places) -> dict[str, Any]:
     started = time.monotonic()
     policy = METHODS[what["method"]](parts)
     trained = time.monotonic()
+    notes["memory_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)  # peak of the whole process
     result: dict[str, Any] = {"outcomes": outcomes(policy), "notes": notes}
     notes["seconds/training"] = round(trained - started, 1)
     notes["seconds/evaluation"] = round(time.monotonic() - trained, 1)

@@ -45,6 +45,8 @@ def post_train(
         parts.on_round(number, policy)
     for name, value in seconds.items():
         parts.note(f"seconds/{name}", value)
+    parts.note("updates_per_second", learner.total_steps / seconds["train"])
+    parts.note("parameters", sum(p.numel() for p in learner.policy.parameters() if p.requires_grad))
     return policy
 
 

@@ -26,6 +26,8 @@ MODULES = {
     "train-worldmodel": "world2act.worldmodel_training",
     "train-base": "world2act.behaviour_cloning",
     "stage1": "world2act.stage1",
+    "experiment": "experiments",
+    "results": "experiments.results",
 }
 """Commands that run another program of the project with the arguments that follow; each has its own --help."""
 
@@ -182,6 +184,8 @@ def _module(name: str) -> Callable[[], None]:
         "train-worldmodel": "Train video VAE and world model on skill clips. Own options: world2act train-worldmodel --help.",
         "train-base": "Train the base policy by behaviour cloning. Own options: world2act train-base --help.",
         "stage1": "Train the adapters (Stage 1). Own options: world2act stage1 --help.",
+        "experiment": "Measure: main, methods, worldmodel, objectives, adapters, ... Own options: world2act experiment --help.",
+        "results": "Gather what experiments measured into docs/results.md. Own options: world2act results --help.",
     }[name]
     return command
 
@@ -197,6 +201,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "train-worldmodel": _module("train-worldmodel"),
     "train-base": _module("train-base"),
     "stage1": _module("stage1"),
+    "experiment": _module("experiment"),
+    "results": _module("results"),
     "posttrain": posttrain,
     "evaluate": evaluate,
     "watch": watch,

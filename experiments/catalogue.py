@@ -1,0 +1,276 @@
+"""Which variants make each experiment, fixed before anything is measured: rows, what each is compared with, the paper's numbers.
+
+Every comparison named here is made, and all of one experiment's are one family for Holm's adjustment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from experiments.regimes import Kind, Regime
+from experiments.study import Variant
+from world2act.presets import STAGE2, Rounds
+
+Plot = Literal["dots", "curve", "rounds"]
+
+RICH = Regime("video-rich", 4)
+"""Few labels, plenty of video: where the method has something to offer. Ablations are made here."""
+STRENGTHS = (4, 10, 25, 60)
+SCALES = (0.25, 0.5, 1.0, 2.0)
+SEEN = ("door-open", "drawer-open", "pick-place", "reach")
+"""Tasks of the cross-task split that are post-trained; chosen so that either side has hard and easy tasks."""
+DISTORTIONS = ("noise", "light", "distractors")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table. against: labels of the rows it is compared with; paper: the paper's number, on RoboCasa; bound: it
+    uses what only a simulator knows; tasks: those that count, None for all; series, x: where a curve has it."""
+
+    label: str
+    variant: Variant
+    against: tuple[str, ...] = ()
+    paper: str = ""
+    bound: bool = False
+    tasks: tuple[str, ...] | None = None
+    series: str = ""
+    x: float | None = None
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """title: as a heading; about: what is measured, one or two sentences; rows: from the tasks that are evaluated; notes: of the
+    cells, shown as means; axis: what x is."""
+
+    title: str
+    about: str
+    rows: Callable[[Sequence[str]], list[Row]]
+    plot: Plot = "dots"
+    notes: tuple[str, ...] = ("seconds/training",)
+    axis: str = ""
+
+
+def _base(regime: Regime, label: str = "base", distortion: str = "none", paper: str = "") -> Row:
+    return Row(label, Variant("base", "base", regime, distortion=distortion), paper=paper)
+
+
+def _ours(regime: Regime, distortion: str = "none") -> Variant:
+    return Variant("world2act", regime=regime, distortion=distortion)
+
+
+def _main(tasks: Sequence[str]) -> list[Row]:
+    rows = []
+    for regime in (RICH, Regime()):
+        base = f"base, {regime.name}"
+        rows += [_base(regime, base, paper="0.701"), Row(f"world2act, {regime.name}", _ours(regime), (base,), "0.726")]
+    return rows
+
+
+METHODS = (
+    ("more-cloning", ""),
+    ("dreamgen", "0.705"),
+    ("inverse-dynamics", ""),
+    ("vla-rft", "0.710"),
+    ("ctrl-world", "0.698"),
+    ("lora-16", "0.714"),
+    ("lora-32", "0.721"),
+)
+"""Baselines and the paper's numbers; those of LoRA are its Table 4."""
+DISTORTED = ("dreamgen", "inverse-dynamics")
+
+
+def _methods(tasks: Sequence[str]) -> list[Row]:
+    rows = [_base(RICH, paper="0.701")]
+    rows += [Row(name, Variant(name, name, RICH), ("base",), paper) for name, paper in METHODS]
+    rows.append(Row("world2act", _ours(RICH), ("base", *(name for name, _ in METHODS)), "0.726"))
+    rows += [Row(name, Variant(name, name, RICH), ("base",), bound=True) for name in ("oracle-action", "oracle-video")]
+    for distortion in DISTORTIONS:
+        base = f"base, {distortion}"
+        rows.append(_base(RICH, base, distortion))
+        rows += [Row(f"{m}, {distortion}", Variant(m, m, RICH, distortion=distortion), (base,)) for m in DISTORTED]
+        against = (base, *(f"{m}, {distortion}" for m in DISTORTED))
+        rows.append(Row(f"world2act, {distortion}", _ours(RICH, distortion), against))
+    return rows
+
+
+def _worldmodel(tasks: Sequence[str]) -> list[Row]:
+    whole = replace(RICH, worldmodel="base")
+    return [
+        _base(RICH, paper="0.701"),
+        Row("Base-WM", _ours(whole), ("base",), "0.715"),
+        Row("Skill-WM", _ours(RICH), ("base", "Base-WM"), "0.726"),
+    ]
+
+
+CONTRASTIVE: dict[str, object] = {"decode_weight": 0.0, "contrastive_weight": 1.0}
+OBJECTIVES: tuple[tuple[str, dict[str, object], str], ...] = (
+    ("cosine only", {"decode_weight": 0.0, "cosine_weight": 1.0}, ""),
+    ("decode + 0.1 InfoNCE", {"contrastive_weight": 0.1}, ""),
+    ("InfoNCE", CONTRASTIVE, "0.726"),
+    ("InfoNCE, single", CONTRASTIVE | {"contrastive.form": "single"}, "0.720"),
+    ("InfoNCE, marginal", CONTRASTIVE | {"contrastive.form": "marginal"}, "0.707"),
+    ("InfoNCE, margin", CONTRASTIVE | {"contrastive.form": "margin"}, ""),
+    ("InfoNCE, global similarity", CONTRASTIVE | {"contrastive.similarity": "global"}, "0.693"),
+    ("closed loop every 2", {"closed_loop_every": 2}, ""),
+    ("closed loop every 4", {"closed_loop_every": 4}, ""),
+    ("open loop", {"target": "open-loop"}, ""),
+    ("open loop, monotone", {"target": "open-loop", "alignment": "monotone"}, ""),
+)
+"""One change each from `default`, which decodes targets that are imagined again at every chunk."""
+
+
+def _objectives(tasks: Sequence[str]) -> list[Row]:
+    rows = [_base(RICH, paper="0.701"), Row("default (decode, closed loop)", _ours(RICH), ("base",))]
+    for label, settings, paper in OBJECTIVES:
+        name = label.replace(",", "").replace(" + ", "-").replace(" ", "-").lower()
+        rows.append(Row(label, Variant(name, regime=RICH, settings=settings), ("base", rows[1].label), paper))
+    paper_variant = Variant("paper", regime=replace(RICH, stage1="paper"), preset="paper")
+    return [*rows, Row("paper preset, both stages", paper_variant, ("base", rows[1].label), "0.726")]
+
+
+def _adapters(tasks: Sequence[str]) -> list[Row]:
+    rows = [_base(RICH, paper="0.701")]
+    rows += [
+        Row(name, Variant(name, name, RICH), ("base",), paper)
+        for name, paper in (("lora-16", "0.714, 14.6 h"), ("lora-32", "0.721, 15.3 h"))
+    ]
+    return [*rows, Row("residual", _ours(RICH), ("base", "lora-16", "lora-32"), "0.726, 6.8 h")]
+
+
+def scaled(plan: Rounds, factor: float) -> dict[str, object]:
+    """Overrides that execute `factor` times as many episodes, with the same number of updates."""
+    counts = {name: max(1, round(getattr(plan, name) * factor)) for name in ("base", "perturbed", "on_policy")}
+    return {f"plan.{name}": count for name, count in counts.items()}
+
+
+def _scaling(tasks: Sequence[str]) -> list[Row]:
+    plan = STAGE2["default"].plan
+    rows = [replace(_base(RICH), series="base", x=0.0)]
+    for factor in SCALES:
+        variant = _ours(RICH) if factor == 1 else Variant(f"scale-{factor:g}", regime=RICH, settings=scaled(plan, factor))
+        found = variant.stage2().plan
+        episodes = found.base + found.perturbed + found.rounds * found.on_policy
+        rows.append(Row(f"{episodes} episodes a task", variant, ("base",), series="world2act", x=float(episodes)))
+    return rows
+
+
+def _cross_task(tasks: Sequence[str]) -> list[Row]:
+    seen = tuple(task for task in tasks if task in SEEN)
+    unseen = tuple(task for task in tasks if task not in SEEN)
+    if not seen or not unseen:
+        raise ValueError(f"tasks: cross-task needs some of {', '.join(SEEN)} and some others, got {', '.join(tasks)}")
+    part = Variant("cross-task", regime=RICH, train_tasks=seen)
+    rows = []
+    for name, group in (("seen", seen), ("unseen", unseen)):
+        base = replace(_base(RICH, f"base, {name}"), tasks=group)
+        rows += [
+            base,
+            Row(f"post-trained on {len(seen)} tasks, {name}", part, (base.label,), tasks=group),
+            Row(f"post-trained on all, {name}", _ours(RICH), (base.label,), tasks=group),
+        ]
+    return rows
+
+
+def _regimes(tasks: Sequence[str]) -> list[Row]:
+    rows = []
+    kinds: tuple[Kind, ...] = ("video-rich", "matched")
+    for kind in kinds:
+        for count in STRENGTHS:
+            regime = Regime(kind, count)
+            base, more = f"base, {regime.name}", f"more-cloning, {regime.name}"
+            rows += [
+                replace(_base(regime, base), series=f"{kind}: base", x=count),
+                Row(more, Variant("more-cloning", "more-cloning", regime), (base,), series=f"{kind}: more-cloning", x=count),
+                Row(f"world2act, {regime.name}", _ours(regime), (base, more), series=f"{kind}: world2act", x=count),
+            ]
+    return rows
+
+
+def _similarity(tasks: Sequence[str]) -> list[Row]:
+    rounds = replace(_ours(RICH), name="world2act-rounds", every_round=True)
+    contrastive = Variant("infonce-rounds", regime=RICH, settings=CONTRASTIVE, every_round=True)
+    return [_base(RICH), Row("default", rounds, ("base",)), Row("InfoNCE", contrastive, ("base",))]
+
+
+COST = ("updates_per_second", "parameters", "memory_mb", "seconds/training")
+FIGURE_5B = "The paper's curve rises up to 1,000 trajectories (Fig. 5b)."
+EXPERIMENTS: dict[str, Experiment] = {
+    "main": Experiment(
+        "Main result (paper Table 1)",
+        "The base before and after post-training with preset `default`: new scenes, no reward, no expert action in Stage 2.",
+        _main,
+    ),
+    "methods": Experiment(
+        "Methods (paper Table 1, Fig. 3)",
+        "Baselines in small, on the same base, data, scenes and budget, named after what they imitate. Oracles are bounds, not "
+        "methods: they use the simulator's expert. Distorted cameras are distorted in post-training and in evaluation.",
+        _methods,
+    ),
+    "worldmodel": Experiment(
+        "World model (paper Table 3)",
+        "Skill-WM against Base-WM: the same video and VAE, whole episodes with their instruction instead of skills.",
+        _worldmodel,
+    ),
+    "objectives": Experiment(
+        "Objectives and targets (the paper's loss ablation)",
+        "One change each from preset `default`, in Stage 2 alone; the paper preset differs in both stages.",
+        _objectives,
+    ),
+    "adapters": Experiment(
+        "Residual against LoRA (paper Table 4)",
+        "The same loss, targets and scenes; the paper's hours are of its own machines. Updates per second with all workers busy, "
+        "memory is the peak of a cell's whole process, simulators too: bench/adapters.py measures both apart.",
+        _adapters,
+        notes=COST,
+    ),
+    "scaling": Experiment(
+        "Number of trajectories (paper Fig. 5b)",
+        f"Episodes of post-training a task; the number of updates stays. {FIGURE_5B}",
+        _scaling,
+        "curve",
+        axis="post-training episodes a task",
+    ),
+    "cross-task": Experiment(
+        "Tasks that were not post-trained (paper Table S3)",
+        f"Post-training on {', '.join(SEEN)} only. World model and adapters know all tasks, as in the paper.",
+        _cross_task,
+    ),
+    "regimes": Experiment(
+        "Gain against the base's strength",
+        "video-rich: few labelled demonstrations, plenty of action-free video; matched: every part sees the same demonstrations. "
+        "more-cloning is the base trained anew, with another seed, on every label that any part has seen.",
+        _regimes,
+        "curve",
+        axis="labelled demonstrations a task",
+    ),
+    "similarity-vs-success": Experiment(
+        "Cosine against success (paper Fig. 5a)",
+        "After every round: cosine of actions and imagined targets on training data, and success in evaluation scenes. In the "
+        "paper the cosine tends to 1. No round is chosen by its success.",
+        _similarity,
+        "rounds",
+        notes=("seconds/train",),
+    ),
+}
+
+
+def rows_of(name: str, tasks: Sequence[str]) -> list[Row]:
+    """The rows of experiment `name`. Raises ValueError for an unknown name."""
+    if name not in EXPERIMENTS:
+        raise ValueError(f"experiment: {name!r} is unknown; choose one of {', '.join(EXPERIMENTS)}")
+    return EXPERIMENTS[name].rows(tasks)
+
+
+def problems(rows: Sequence[Row], methods: Sequence[str]) -> list[str]:
+    """What stands in the way of computing `rows`, one line each: a method that is not there, a setting that does not exist."""
+    found = []
+    for row in rows:
+        if row.variant.method not in methods:
+            found.append(f"{row.label}: there is no method {row.variant.method!r}")
+        try:
+            row.variant.stage2()
+        except (TypeError, ValueError) as error:
+            found.append(f"{row.label}: {error}")
+    return found

@@ -1,0 +1,78 @@
+"""One small plot per experiment: success with Wilson intervals as dots, as a curve, or against the cosine round by round."""
+
+from __future__ import annotations
+
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiments.catalogue import EXPERIMENTS
+
+if TYPE_CHECKING:
+    from experiments.results import Line, Table
+
+COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
+GREY = "#888888"
+
+
+def draw(table: Table, path: Path) -> None:
+    """Write the plot of `table` to `path` (PNG), whole or not at all."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    experiment = EXPERIMENTS[table.plan.experiment]
+    measured = [line for line in table.lines if line.rate is not None]
+    height = 0.9 + 0.26 * len(measured) if experiment.plot == "dots" else 3.4
+    figure, axes = plt.subplots(figsize=(6.4, height), layout="constrained")
+    {"dots": _dots, "curve": _curve, "rounds": _rounds}[experiment.plot](axes, measured)
+    if experiment.plot == "curve":
+        axes.set_xlabel(experiment.axis)
+    axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    figure.savefig(temporary, dpi=110, format="png", metadata={"Software": None})
+    temporary.replace(path)
+    plt.close(figure)
+
+
+def _dots(axes: Any, lines: list[Line]) -> None:
+    for number, line in enumerate(lines):
+        assert line.rate is not None
+        colour = GREY if line.label.startswith("base") else COLOURS[2] if line.bound else COLOURS[0]
+        axes.plot([line.rate.low, line.rate.high], [number, number], color=colour, linewidth=2)
+        axes.plot(list(line.seeds.values()), [number] * len(line.seeds), "|", color=colour, markersize=7, alpha=0.6)
+        axes.plot(line.rate.rate, number, "o", color=colour, markersize=5)
+    axes.set_yticks(range(len(lines)), [line.label for line in lines], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("success; bar: Wilson 95 %, ticks: training seeds", fontsize=8)
+
+
+def _curve(axes: Any, lines: list[Line]) -> None:
+    series: dict[str, list[Line]] = {}
+    for line in lines:
+        series.setdefault(line.series, []).append(line)
+    for (name, members), colour in zip(series.items(), cycle(COLOURS), strict=False):
+        points = sorted((line.x, line.rate) for line in members if line.x is not None and line.rate is not None)
+        x = [at for at, _ in points]
+        y = [rate.rate for _, rate in points]
+        errors = [[r.rate - r.low for _, r in points], [r.high - r.rate for _, r in points]]
+        style = "--" if name.startswith("matched") else "-"
+        axes.errorbar(x, y, errors, marker="o", markersize=4, capsize=2, color=colour, linestyle=style, label=name)
+    axes.set_ylabel("success, Wilson 95 %")
+    axes.legend(fontsize=7, frameon=False)
+
+
+def _rounds(axes: Any, lines: list[Line]) -> None:
+    for line, colour in zip((line for line in lines if line.rounds), cycle(COLOURS), strict=False):
+        for number, points in enumerate(line.rounds.values()):
+            cosines, rates = zip(*points, strict=True)
+            axes.plot(cosines, rates, "-", color=colour, linewidth=0.8, alpha=0.6, label=line.label if number == 0 else None)
+            axes.scatter(cosines, rates, s=[8 + 6 * i for i in range(len(points))], color=colour)
+    for line in lines:
+        if not line.rounds and line.rate is not None:
+            axes.axhline(line.rate.rate, color=GREY, linestyle=":", label=line.label)
+    axes.set_xlabel("cosine of actions and imagined targets (larger dots: later rounds)")
+    axes.set_ylabel("success")
+    axes.legend(fontsize=7, frameon=False)

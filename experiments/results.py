@@ -1,0 +1,432 @@
+"""`world2act results`: everything that experiments have measured, as one page that nobody edits by hand.
+
+    cells (one training seed each) + plans (which cells make which row) -> tables as JSON, plots, docs/results.md
+
+The page is a function of those files alone: no weights, no demonstrations, no clock. What is missing is said.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from experiments.catalogue import EXPERIMENTS, Row
+from experiments.cells import Cell, write_whole
+from experiments.regimes import Regime
+from experiments.study import Sizes, outcomes_of
+from world2act import evaluation
+from world2act.evaluation import Comparison, Difference, Outcome, Rate
+from world2act.splits import Split
+
+Result = Mapping[str, Any]
+SIGNIFICANT = 0.05
+
+
+@dataclass(frozen=True)
+class PlannedRow:
+    """A row of the catalogue as it was run: names of its cells, seed by seed; none if it was left out so far."""
+
+    label: str
+    cells: tuple[str, ...]
+    against: tuple[str, ...] = ()
+    paper: str = ""
+    bound: bool = False
+    tasks: tuple[str, ...] | None = None
+    series: str = ""
+    x: float | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the newest run of an experiment set out to compute."""
+
+    experiment: str
+    command: str
+    sizes: Sizes
+    rows: tuple[PlannedRow, ...]
+
+    @staticmethod
+    def path(out: Path, experiment: str) -> Path:
+        """Where it lies, beside the cells."""
+        return out / "plans" / f"{experiment}.json"
+
+    def save(self, out: Path) -> None:
+        """Write it whole or not at all."""
+        write_whole(Plan.path(out, self.experiment), json.dumps(asdict(self), indent=1))
+
+    @staticmethod
+    def load(out: Path, experiment: str) -> Plan | None:
+        """The plan of `experiment`, or None if it was never run."""
+        path = Plan.path(out, experiment)
+        if not path.exists():
+            return None
+        content = json.loads(path.read_text())
+        sizes = content["sizes"]
+        rows = tuple(PlannedRow(**_tuples(row)) for row in content["rows"])
+        sizes = Sizes(sizes["seeds"], sizes["trials"], tuple(sizes["tasks"]), Split(sizes["split"]))
+        return Plan(content["experiment"], content["command"], sizes, rows)
+
+
+def _tuples(content: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in content.items()}
+
+
+def planned(
+    rows: Sequence[Row], cells: Mapping[str, Sequence[Cell]], earlier: Plan | None, sizes: Sizes
+) -> tuple[PlannedRow, ...]:
+    """The catalogue's rows with their cells by label; a row that this run leaves out keeps those of an `earlier` run of the same
+    sizes."""
+    kept = {row.label: row.cells for row in earlier.rows} if earlier and earlier.sizes == sizes else {}
+    found = []
+    for row in rows:
+        names = tuple(cell.name for cell in cells[row.label]) if row.label in cells else kept.get(row.label, ())
+        found.append(PlannedRow(row.label, names, row.against, row.paper, row.bound, row.tasks, row.series, row.x))
+    return tuple(found)
+
+
+# --- measuring ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Line:
+    """What one row measured. seeds: success by training seed; spread: their standard deviation; notes: means over seeds;
+    rounds: (cosine, success) after each round, by seed; missing: what has no result."""
+
+    label: str
+    paper: str
+    bound: bool
+    series: str
+    x: float | None
+    rate: Rate | None
+    tasks: dict[str, Rate] = field(default_factory=dict)
+    seeds: dict[int, float] = field(default_factory=dict)
+    spread: float | None = None
+    notes: dict[str, float] = field(default_factory=dict)
+    rounds: dict[int, list[tuple[float, float]]] = field(default_factory=dict)
+    missing: str = ""
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A row against another on the scenes of the seeds that both have. holm: over all contrasts of the table; for a task, over
+    all tasks of all contrasts. seeds: difference by training seed."""
+
+    label: str
+    against: str
+    n: int
+    gained: int
+    lost: int
+    difference: Difference
+    p: float
+    holm: float
+    seeds: dict[int, float]
+    tasks: dict[str, Contrast] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Table:
+    """An experiment, measured. weights: hashes of the parts by regime; seconds: wall time summed over its cells."""
+
+    plan: Plan
+    lines: list[Line]
+    contrasts: list[Contrast]
+    weights: dict[str, dict[str, str]]
+    seconds: float
+    cells: int
+    wanted: int
+
+
+def read_cells(out: Path, names: Iterable[str]) -> dict[str, Result]:
+    """Results by cell name; those that do not exist are left out."""
+    paths = {name: out / "cells" / f"{name}.json" for name in names}
+    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+
+
+def measure(plan: Plan, out: Path) -> Table:
+    """Every row and contrast of `plan`. Raises ValueError where two rows do not stand on the same base or scenes."""
+    wanted = sorted({name for row in plan.rows for name in row.cells})
+    results = read_cells(out, wanted)
+    by_row = {row.label: {r["cell"]["seed"]: r for n in row.cells if (r := results.get(n)) is not None} for row in plan.rows}
+    lines = [_line(row, by_row[row.label], plan.sizes) for row in plan.rows]
+    weights: dict[str, dict[str, str]] = {}
+    for result in results.values():
+        what = result["cell"]["what"]
+        weights.setdefault(Regime(**what["regime"]).name, what["weights"])
+    seconds = sum(result["wall_seconds"] for result in results.values())
+    unplanned = sum(plan.sizes.seeds for row in plan.rows if not row.cells)
+    contrasts = _contrasts(plan, by_row)
+    return Table(plan, lines, contrasts, dict(sorted(weights.items())), seconds, len(results), len(wanted) + unplanned)
+
+
+def _line(row: PlannedRow, results: Mapping[int, Result], sizes: Sizes) -> Line:
+    line = Line(row.label, row.paper, row.bound, row.series, row.x, None)
+    absent = [seed for seed in range(sizes.seeds) if seed not in results]
+    if absent:
+        line = replace(line, missing="all seeds" if not results else f"seeds {', '.join(map(str, absent))}")
+    if not results:
+        return line
+    outcomes = {seed: _outcomes(result, row.tasks) for seed, result in sorted(results.items())}
+    everything = [outcome for found in outcomes.values() for outcome in found]
+    tasks = {task: _rate(o for o in everything if o.task == task) for task in sorted({o.task for o in everything})}
+    seeds = {seed: _rate(found).rate for seed, found in outcomes.items()}
+    names = set.intersection(*(set(result["notes"]) for result in results.values()))
+    notes = {name: sum(result["notes"][name] for result in results.values()) / len(results) for name in sorted(names)}
+    rounds = {seed: _rounds(result) for seed, result in sorted(results.items()) if "rounds" in result}
+    return replace(
+        line,
+        rate=_rate(everything),
+        tasks=tasks,
+        seeds=seeds,
+        spread=evaluation.spread(list(seeds.values())),
+        notes=notes,
+        rounds=rounds,
+    )
+
+
+def _outcomes(result: Result, tasks: Sequence[str] | None) -> list[Outcome]:
+    return [outcome for outcome in outcomes_of(result) if tasks is None or outcome.task in tasks]
+
+
+def _rate(outcomes: Iterable[Outcome]) -> Rate:
+    marks = [outcome.success for outcome in outcomes]
+    return evaluation.wilson(sum(marks), len(marks))
+
+
+def _rounds(result: Result) -> list[tuple[float, float]]:
+    marks = ["".join(outcomes.values()) for outcomes in result["rounds"]]
+    return [(result["notes"][f"round_{i}/positive_cosine"], m.count("1") / len(m)) for i, m in enumerate(marks)]
+
+
+def _contrasts(plan: Plan, by_row: Mapping[str, Mapping[int, Result]]) -> list[Contrast]:
+    found = []
+    for row in plan.rows:
+        for against in row.against:
+            seeds = sorted(set(by_row[row.label]) & set(by_row.get(against, {})))
+            if seeds:
+                ours, theirs = ([by_row[name][seed] for seed in seeds] for name in (row.label, against))
+                found.append(_contrast(row, against, ours, theirs, plan.sizes.split))
+    overall = evaluation.holm([contrast.p for contrast in found])
+    by_task = iter(evaluation.holm([task.p for contrast in found for task in contrast.tasks.values()]))
+    return [
+        replace(c, holm=holm, tasks={name: replace(task, holm=next(by_task)) for name, task in c.tasks.items()})
+        for c, holm in zip(found, overall, strict=True)
+    ]
+
+
+def _contrast(row: PlannedRow, against: str, ours: Sequence[Result], theirs: Sequence[Result], split: Split) -> Contrast:
+    bases = {result["cell"]["what"]["weights"]["base"] for result in (*ours, *theirs)}
+    if len(bases) > 1:
+        raise ValueError(f"{row.label}, {against}: stand on {len(bases)} different base policies; run the experiment again")
+    seeds, pairs = {}, []
+    for one, other in zip(ours, theirs, strict=True):
+        pair = _outcomes(other, row.tasks), _outcomes(one, row.tasks)
+        seeds[one["cell"]["seed"]] = round(_rate(pair[1]).rate - _rate(pair[0]).rate, 6)
+        pairs.append(pair)
+    before, after = ([o for pair in pairs for o in pair[side]] for side in (0, 1))
+    *tasks, whole = (_of(row.label, against, c) for c in evaluation.compare(before, after, split))
+    return replace(whole[1], seeds=seeds, tasks=dict(tasks))
+
+
+def _of(label: str, against: str, row: Comparison) -> tuple[str, Contrast]:
+    difference = evaluation.paired_difference(row)
+    return row.name, Contrast(label, against, row.post.n, row.gained, row.lost, difference, row.p, row.p, {})
+
+
+# --- showing --------------------------------------------------------------------------------------------------------------
+
+Grid = tuple[str, list[str], list[list[str]]]
+"""A table as text: title, header, rows."""
+
+
+def grids(table: Table) -> list[Grid]:
+    """Success, contrasts and rates per task, for the page and the terminal."""
+    shown = EXPERIMENTS[table.plan.experiment].notes
+    return [grid for grid in (_success(table, shown), _differences(table), _per_task(table)) if grid[2]]
+
+
+def _success(table: Table, shown: Sequence[str]) -> Grid:
+    header = ["variant", "success", "n", "by training seed", "sd", *(_words(name) for name in shown), "paper"]
+    rows = []
+    for line in table.lines:
+        rate = [str(line.rate), str(line.rate.n)] if line.rate else ["missing", ""]
+        seeds = " ".join(f"{rate:.3f}" for rate in line.seeds.values())
+        spread = "" if line.spread is None else f"{line.spread:.3f}"
+        notes = [f"{line.notes[name]:.4g}" if name in line.notes else "" for name in shown]
+        rows.append([_name(line), *rate, seeds, spread, *notes, line.paper])
+    return "Success, Wilson 95 %", header, rows
+
+
+def _name(line: Line) -> str:
+    return f"{line.label} (bound)" if line.bound else line.label
+
+
+def _words(note: str) -> str:
+    names = {"seconds/training": "training, s", "updates_per_second": "updates/s", "memory_mb": "memory, MB"}
+    return names.get(note, note.replace("seconds/", "s, "))
+
+
+def _differences(table: Table) -> Grid:
+    header = ["variant", "against", "difference", "gained", "lost", "p", "Holm p", "difference by training seed"]
+    rows = [
+        [
+            c.label,
+            c.against,
+            str(c.difference),
+            f"+{c.gained}",
+            f"-{c.lost}",
+            f"{c.p:.2g}",
+            f"{c.holm:.2g}",
+            " ".join(f"{value:+.3f}" for value in c.seeds.values()),
+        ]
+        for c in table.contrasts
+    ]
+    return "Differences on matched scenes: Newcombe 95 %, exact McNemar, Holm over this table", header, rows
+
+
+def _per_task(table: Table) -> Grid:
+    tasks = sorted({task for line in table.lines for task in line.tasks})
+    first = {c.label: c for c in reversed(table.contrasts)}  # against the first reference
+    rows = []
+    for line in table.lines:
+        if line.rate is None:
+            continue
+        contrast = first.get(line.label)
+        found = [_task_text(line.tasks.get(task), contrast.tasks.get(task) if contrast else None) for task in tasks]
+        rows.append([_name(line), *found])
+    return "Per task (difference to the first reference; * Holm p < 0.05 over all tasks and rows)", ["variant", *tasks], rows
+
+
+def _task_text(rate: Rate | None, contrast: Contrast | None) -> str:
+    if rate is None:
+        return ""
+    if contrast is None:
+        return f"{rate.rate:.2f}"
+    return f"{rate.rate:.2f} ({contrast.difference.value:+.2f}){'*' if contrast.holm < SIGNIFICANT else ''}"
+
+
+def show(table: Table, console: Console) -> None:
+    """On a terminal."""
+    for title, header, rows in grids(table):
+        drawn = RichTable(title=title)
+        for number, column in enumerate(header):
+            drawn.add_column(column, justify="right" if number else "left", overflow="fold")
+        for row in rows:
+            drawn.add_row(*row)
+        console.print(drawn)
+
+
+def section(table: Table, folder: str) -> list[str]:
+    """Markdown of one experiment; its plot lies in `folder`."""
+    plan, experiment = table.plan, EXPERIMENTS[table.plan.experiment]
+    sizes = plan.sizes
+    lines = [f"## {experiment.title}", "", experiment.about, ""]
+    hours = f"{table.seconds / 3600:.2f} hours" if table.seconds >= 3600 else f"{table.seconds / 60:.1f} minutes"
+    lines += [
+        f"{sizes.seeds} training seeds x {sizes.trials} trials x {len(sizes.tasks)} tasks, split {sizes.split.value}; "
+        f"{table.cells} of {table.wanted} cells, {hours} summed over them. Command: `{plan.command}`",
+        "",
+    ]
+    if sizes.split is not Split.EVALUATION:
+        lines += ["**Tuning scenes: for choosing hyperparameters, not a result.**", ""]
+    missing = [f"{line.label} ({line.missing})" for line in table.lines if line.missing]
+    if missing:
+        lines += [f"**Missing:** {'; '.join(missing)}. Rows with missing seeds are compared on the seeds that both have.", ""]
+    for title, header, rows in grids(table):
+        lines += [f"*{title}*", "", *markdown(header, rows), ""]
+    if table.cells:
+        lines += [f"![{experiment.title}]({folder}/{plan.experiment}.png)", ""]
+    for regime, hashes in table.weights.items():
+        lines.append(f"- {regime}: " + ", ".join(f"{name} `{value[:12]}`" for name, value in hashes.items()))
+    return [*lines, ""] if table.weights else lines
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table."""
+    return [f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows)]
+
+
+INTRODUCTION = """# Results
+
+Made by `world2act results` from the cells in `{folder}/`; not edited by hand. The rows are all of those in
+`experiments/catalogue.py`; what has not been measured stands there as missing.
+
+How to read it. Success: all episodes of all training seeds, with the Wilson 95 % interval. Each training seed is evaluated in
+scenes of its own, which all variants share; differences are paired by scene: Newcombe's 95 % interval for paired proportions
+(method 10), exact McNemar p, and p after Holm's adjustment for all differences of the table. These treat scenes as the only
+source of chance. Training is another: success and difference by training seed stand beside them, and a gain that the seeds do
+not share should not be believed. The paper's numbers (RoboCasa, GR00T-N1.6, 24 tasks) are of another benchmark, robot and model
+size: compare directions, not values. Wall times are of cells that ran side by side.
+"""
+
+
+def tables(out: Path) -> list[Table]:
+    """Every experiment that has a plan under `out`, in the catalogue's order."""
+    plans = [plan for name in EXPERIMENTS if (plan := Plan.load(out, name)) is not None]
+    return [measure(plan, out) for plan in plans]
+
+
+def page(out: Path) -> str:
+    """The whole page."""
+    found = tables(out)
+    lines = [INTRODUCTION.format(folder=out.name)]
+    named = {name for table in found for row in table.plan.rows for name in row.cells}
+    everything = {path.stem for path in (out / "cells").glob("*.json")}
+    seconds = sum(result["wall_seconds"] for result in read_cells(out, sorted(named)).values())
+    if found:
+        lines += [f"{len(named & everything)} cells, {seconds / 3600:.2f} hours of wall time summed over them.", ""]
+    absent = [name for name in EXPERIMENTS if name not in {table.plan.experiment for table in found}]
+    if absent:
+        lines += [f"Not run: {', '.join(absent)}.", ""]
+    if extra := len(everything - named):
+        lines += [f"{extra} more cells there belong to no row: of other sizes, or of weights that have been replaced since.", ""]
+    for table in found:
+        lines += section(table, out.name)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def to_json(table: Table) -> str:
+    """The table as JSON."""
+    return json.dumps(asdict(table), indent=1, default=str)
+
+
+def publish(out: Path) -> Path:
+    """Write tables, plots and page; returns the page, `out` with suffix .md."""
+    from experiments import plots
+
+    for table in tables(out):
+        write_whole(out / f"{table.plan.experiment}.json", to_json(table))
+        if table.cells:
+            plots.draw(table, out / f"{table.plan.experiment}.png")
+    path = out.with_name(f"{out.name}.md")
+    write_whole(path, page(out))
+    return path
+
+
+@dataclass(frozen=True)
+class Options:
+    """out: folder with the cells; the page is written beside it, with its name."""
+
+    out: Path = Path("docs/results")
+
+
+def main() -> int:
+    """Command line; see `Options`."""
+    options = tyro.cli(Options, prog="world2act results", description=__doc__)
+    try:
+        print(publish(options.out))
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
