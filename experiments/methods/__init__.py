@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from experiments.methods import cloning, dreamgen, inverse_dynamics, oracles, world2act
+from experiments.methods import cloning, ctrl_world, dreamgen, inverse_dynamics, lora, oracles, vla_rft, world2act
 from experiments.methods.base import Method
 
 METHODS: dict[str, Method] = {
@@ -11,6 +11,10 @@ METHODS: dict[str, Method] = {
     "world2act": world2act.train,
     "dreamgen": dreamgen.train,
     "inverse-dynamics": inverse_dynamics.train,
+    "vla-rft": vla_rft.train,
+    "ctrl-world": ctrl_world.train,
+    "lora-16": lora.rank_16,
+    "lora-32": lora.rank_32,
     "oracle-action": oracles.action,
     "oracle-video": oracles.video,
 }
