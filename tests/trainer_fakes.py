@@ -39,7 +39,7 @@ from services.runtime.messages import (
 from services.runtime.rpc import RpcError, guarded, start_server
 from services.runtime.streams import Consumer, publish
 from services.runtime.tensors import from_tensor, to_tensor
-from services.trainer.episode import closed_loop
+from services.trainer.episode import closed_loop, closed_loop_starts
 from services.trainer.ledger import Ledger
 from world2act.models.adapters import Adapters, AdapterSettings
 from world2act.normalisation import Statistics
@@ -109,6 +109,7 @@ class Recorded:
         self.executed: Counter[str] = Counter()
         self.versions: dict[str, tuple[int, int]] = {}
         self.split, self.stopping = "posttrain", False
+        self._scenes: dict[bytes, tuple[str, int, int]] = {}  # first frame -> task, index, chunks
         self._stop = threading.Event()
         self._threads = [threading.Thread(target=target, daemon=True) for target in (self._rollouts, self._imagines)]
 
@@ -134,7 +135,7 @@ class Recorded:
                     publish(self.client, trajectories(request.job), result)
                 consumer.ack(entry)
 
-    def _execute(self, request: RolloutRequest) -> tuple[RolloutResult, ImagineRequest]:
+    def _execute(self, request: RolloutRequest) -> tuple[RolloutResult, ImagineRequest | None]:
         time.sleep(self.pause)
         started = time.time()
         self.executed[request.id] += 1
@@ -152,7 +153,9 @@ class Recorded:
             "key": request.id,
         }
         name = self.store.put_tensors(arrays, metadata)
-        imagine = closed_loop(request.job, name, list(trajectory.prompts), 1)
+        self._scenes[trajectory.frames[0].tobytes()] = (request.task, request.index, len(trajectory.frames))
+        starts, prompts = closed_loop_starts(self.store, name, list(trajectory.frames), trajectory.prompts, request.horizon)
+        imagine = closed_loop(request.job, starts, prompts, request.horizon) if request.imagine else None
         result = RolloutResult(
             id=request.id,
             job=request.job,
@@ -162,7 +165,7 @@ class Recorded:
             round=request.round,
             version=request.version,
             trajectory=name,
-            imagine_id=imagine.id,
+            imagine_id=imagine.id if imagine else "",
             chunks=len(trajectory.frames),
             started=started,
             finished=time.time(),
@@ -180,15 +183,20 @@ class Recorded:
 
     def _imagine(self, request: ImagineRequest) -> None:
         started = time.time()
-        metadata = self.store.get_metadata(request.starts)
-        targets = recorded_targets(metadata["task"], int(metadata["index"]), len(request.skills))
+        frames = self.store.get_tensors(request.starts)["frames"]
+        assert len(frames) == len(request.skills)
+        task, index, n = self._scenes[frames[0].tobytes()]
+        rows, chunks = len(request.skills), max(sum(skill.chunks for skill in row) for row in request.skills)
+        targets = recorded_targets(task, index, n)
         assert targets.visual is not None
-        latents = torch.stack([targets.visual, targets.visual], dim=1)
+        embeddings = torch.full((rows * chunks, D), 1e6)  # what reaches beyond the episode must not be read
+        embeddings[:n] = targets.embeddings
         arrays = {
-            "embeddings": targets.embeddings[:, None].numpy(),
-            "mask": targets.mask[:, None].numpy(),
-            "latents": latents.numpy(),
+            "embeddings": embeddings.view(rows, chunks, D).numpy(),
+            "mask": np.ones((rows, chunks), bool),
         }
+        if request.latents:
+            arrays["latents"] = torch.stack([targets.visual, targets.visual], dim=1).numpy()
         answer = ImagineResult(
             id=request.id, reply=request.reply, artifact=self.store.put_tensors(arrays), started=started, finished=time.time()
         )

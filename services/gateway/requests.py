@@ -153,6 +153,11 @@ class PosttrainRequest(Body):
     steps: int | None = Field(None, ge=1, le=1_000_000, description="optimiser steps a round")
     seed: int = Field(0, ge=0, lt=2**31)
     namespace: str | None = Field(None, pattern=NAMESPACE, description="where versions are published; else the job's id")
+    settings: dict[str, bool | int | float | str] | None = Field(
+        None,
+        max_length=32,
+        description='other fields of Stage 2 by dotted name, as in docs/method.md: {"closed_loop_every": 4}; the job checks them',
+    )
 
     _tasks = field_validator("tasks")(_check_tasks)
 

@@ -94,7 +94,7 @@ class RolloutRequest(Message):
     seed: int = 0
     round: int = 0
     imagine: bool = False
-    horizon: int = Field(1, ge=1, le=16, description="chunks imagined ahead of each visited state")
+    horizon: int = Field(1, ge=1, le=16, description="closed loop: one clip of this many chunks from every `horizon`-th state")
     video: bool = Field(False, description="record every frame and store an mp4")
     max_chunks: int = Field(0, ge=0, le=64, description="0: the task's customary limit")
     stop_at_success: bool = Field(True, description="False where something learns: the length would tell it of success")

@@ -13,13 +13,13 @@ import torch
 from services.runtime.messages import ImagineRequest, ImagineResult, RolloutRequest, RolloutResult, SkillPrompt
 from services.trainer import metrics
 from services.trainer.context import JobContext, answers
-from services.trainer.episode import closed_loop, imagine_request
+from services.trainer.episode import closed_loop, closed_loop_starts, imagine_request
 from services.trainer.flow import Flow, PosttrainError, Progress
 from world2act.models.adapters import Adapters
 from world2act.presets import Stage2Settings
 from world2act.schedule import EpisodeSpec
 from world2act.splits import Split
-from world2act.stage2 import Targets
+from world2act.stage2 import Targets, aligned
 from world2act.types import Trajectory
 
 
@@ -99,6 +99,7 @@ class Collector(threading.Thread):
             seed=int(spec.key, 16),
             round=spec.round,
             imagine=self.stage2.target == "closed-loop",
+            horizon=self.stage2.closed_loop_every,
             stop_at_success=False,
         )
 
@@ -148,15 +149,18 @@ class Collector(threading.Thread):
                     self._ask_open_loop(progress.result)
 
     def _closed_loop(self, result: RolloutResult) -> ImagineRequest:
-        prompts = json.loads(self.context.artifacts.get_metadata(result.trajectory)["prompts"])
-        request = closed_loop(self.context.id, result.trajectory, prompts, 1, **self._quality())
+        trajectory, every = self._trajectory(result), self.stage2.closed_loop_every
+        starts, prompts = closed_loop_starts(
+            self.context.artifacts, result.trajectory, list(trajectory.frames), trajectory.prompts, every
+        )
+        request = closed_loop(self.context.id, starts, prompts, every, **self._quality())
         return request.model_copy(update={"id": result.imagine_id})
 
     def _join(self, progress: Progress) -> None:
         """Load what belongs together and put it into `records`."""
         assert progress.result is not None and progress.imagination is not None
         trajectory = self._trajectory(progress.result)
-        targets = self._targets(progress.imagination)
+        targets = self._targets(progress.imagination, trajectory)
         answer = progress.imagination
         data = {"task": trajectory.task, "round": progress.spec.round, "cache_hit": answer.cache_hit}
         times = {"started": answer.started, "finished": answer.finished}
@@ -182,8 +186,8 @@ class Collector(threading.Thread):
             key=metadata["key"],
         )
 
-    def _targets(self, result: ImagineResult) -> Targets:
-        """Closed loop: one row per visited state, its first chunk. Open loop: one row, one chunk after the other."""
+    def _targets(self, result: ImagineResult, trajectory: Trajectory) -> Targets:
+        """Closed loop: one row per clip, as in `stage2.closed_loop_targets`. Open loop: one row, one chunk after the other."""
         for name, found, mine in (
             ("world model", result.worldmodel_hash, self.adapters.worldmodel_hash),
             ("adapters", result.adapters_hash, self.adapters_hash),
@@ -192,9 +196,11 @@ class Collector(threading.Thread):
                 raise PosttrainError(f"targets: imagined with {name} {found[:12]}, but the trainer has {mine[:12]}")
         arrays = {name: torch.tensor(array) for name, array in self.context.artifacts.get_tensors(result.artifact).items()}
         if self.stage2.target == "open-loop":
-            return Targets(arrays["embeddings"][0].float(), arrays["mask"][0].bool())
-        visual = arrays["latents"][:, 0].float() if "latents" in arrays else None
-        return Targets(arrays["embeddings"][:, 0].float(), arrays["mask"][:, 0].bool(), visual)
+            targets = Targets(arrays["embeddings"][0].float(), arrays["mask"][0].bool())
+            return aligned(targets, self.adapters, trajectory) if self.stage2.alignment == "monotone" else targets
+        n = len(trajectory.frames)
+        visual = arrays["latents"][:, 0].float() if "latents" in arrays and self.stage2.closed_loop_every == 1 else None
+        return Targets(arrays["embeddings"].flatten(0, 1)[:n].float(), arrays["mask"].flatten(0, 1)[:n].bool(), visual)
 
     def _report(self) -> None:
         joined = len(self.records)

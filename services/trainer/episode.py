@@ -7,6 +7,7 @@ would tell the learner about it by the episode's length; nor does what is record
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -161,12 +162,24 @@ def imagine_request(
 
 
 def closed_loop(
-    reply: str, trajectory: str, prompts: list[str], horizon: int, steps: int = 1, guidance: float = 1.0
+    reply: str, starts: str, prompts: list[str], horizon: int, steps: int = 1, guidance: float = 1.0
 ) -> ImagineRequest:
-    """Stage 2's closed-loop targets: `horizon` chunks ahead of every visited frame, under the skill active there.
+    """Stage 2's closed-loop targets: `horizon` chunks ahead of each frame that `closed_loop_starts` names, under its skill.
 
-    The trajectory's artifact holds the start frames, so nothing is stored twice. Latents come along, because latent 0 of each row
-    is the visited frame as the residual policy sees it: the learner then needs no encoder.
+    With horizon 1 latents come along, because latent 0 of each row is the visited frame as the residual policy sees it: then the
+    learner needs no encoder.
     """
     skills = [[SkillPrompt(prompt=prompt, chunks=horizon)] for prompt in prompts]
-    return imagine_request(reply, trajectory, skills, steps=steps, guidance=guidance, latents=True)
+    return imagine_request(reply, starts, skills, steps=steps, guidance=guidance, latents=horizon == 1)
+
+
+def closed_loop_starts(
+    artifacts: ArtifactStore, trajectory: str, frames: Sequence[ImageArray], prompts: Sequence[str], every: int
+) -> tuple[str, list[str]]:
+    """Artifact of the frames that start a clip of `every` chunks (every `every`-th of n), and the skills active there.
+
+    With `every` 1 that is the trajectory's own artifact, so nothing is stored twice.
+    """
+    if every == 1:
+        return trajectory, list(prompts)
+    return artifacts.put_tensors({"frames": np.stack(frames[::every])}), list(prompts[::every])

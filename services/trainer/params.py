@@ -5,9 +5,20 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from services.runtime.messages import SkillPrompt
+from world2act.presets import STAGE2, changed
 from world2act.splits import INDICES_PER_SPLIT, Split
 
 TASK = re.compile(r"^[A-Za-z0-9_.-]{1,80}$")
@@ -112,7 +123,8 @@ class EvaluateParams(Params):
 class PosttrainParams(Params):
     """Stage 2. What is None comes from the preset; `episodes` and `steps` are per task and round, and per round.
 
-    eta: versions that the acting policy may be behind the learner; serial and synchronous mean 0.
+    eta: versions that the acting policy may be behind the learner; serial and synchronous mean 0. settings: any other fields of
+    Stage 2 by dotted name (docs/method.md lists them), such as {"closed_loop_every": 4, "contrastive.form": "single"}.
     """
 
     preset: Literal["default", "paper"] = "default"
@@ -128,6 +140,14 @@ class PosttrainParams(Params):
     seed: Seed = 0
     namespace: Namespace | None = Field(None, description="where versions are published; the job's id if None")
     split: Literal[Split.POSTTRAIN] = Split.POSTTRAIN
+    settings: dict[str, bool | int | float | str] = Field(default_factory=dict, max_length=32)
+
+    @field_validator("settings")
+    @classmethod
+    def _settings_exist(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        if "preset" in info.data:
+            changed(STAGE2[info.data["preset"]], value)
+        return value
 
     @model_validator(mode="after")
     def _bound_fits_mode(self) -> Self:

@@ -26,7 +26,7 @@ from services.trainer.flow import Flow
 from services.trainer.params import PosttrainParams
 from world2act.bundle import ActionLayout
 from world2act.models.adapters import Adapters
-from world2act.presets import STAGE2, Stage2Settings
+from world2act.presets import STAGE2, Stage2Settings, changed
 from world2act.schedule import StalenessManager, plan, steps_of
 from world2act.stage2 import Learner, Stage2Dataset
 
@@ -35,7 +35,10 @@ _seeding = threading.Lock()  # Learner seeds torch's global generator for a mome
 
 
 def stage2_settings(params: PosttrainParams) -> Stage2Settings:
-    """The preset with what the job overrides. `episodes` splits between base and perturbed as the preset does."""
+    """The preset with what the job overrides, `settings` last. `episodes` splits between base and perturbed as the preset does.
+
+    Raises ValueError naming a setting that does not exist or is out of range.
+    """
     settings = STAGE2[params.preset]
     rounds = settings.plan
     changes: dict[str, Any] = {}
@@ -46,7 +49,7 @@ def stage2_settings(params: PosttrainParams) -> Stage2Settings:
         changes |= {"first_steps": params.steps, "steps": params.steps}
     if params.rounds is not None:
         changes["rounds"] = params.rounds
-    return replace(settings, plan=replace(rounds, **changes))
+    return changed(replace(settings, plan=replace(rounds, **changes)), params.settings)
 
 
 def state_key(job: str) -> str:
@@ -115,7 +118,8 @@ class Posttrain:
 
     def _encoder(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """The world model's encoder, only where targets bring no latents of the visited frames."""
-        if self.settings.vision != "latent" or self.settings.target == "closed-loop":
+        settings = self.settings
+        if settings.vision != "latent" or (settings.target == "closed-loop" and settings.closed_loop_every == 1):
             return None
         from world2act.models.worldmodel import WorldModel  # diffusers takes seconds to import
 
@@ -215,6 +219,7 @@ class Posttrain:
             "mode": self.params.mode,
             "eta": self.flow.staleness.eta,
             "preset": self.params.preset,
+            "settings": self.params.settings,
             "tasks": sorted(self.params.tasks),
             "seed": self.params.seed,
             "version": len(self.history),

@@ -24,7 +24,7 @@ from services.runtime.telemetry import Check, redis_check, serve_health, start_h
 from services.trainer import metrics
 from services.trainer.consume import KeptConsumer, StoppingError, persist
 from services.trainer.doors import AWAY, BROKEN, Policy, Simulator
-from services.trainer.episode import Recorded, closed_loop, run_episode, store
+from services.trainer.episode import Recorded, closed_loop, closed_loop_starts, run_episode, store
 from services.trainer.ledger import Ledger
 from services.trainer.settings import TrainerSettings
 from world2act.types import FloatArray
@@ -93,7 +93,10 @@ class Coordinator:
             result = store(self.artifacts, request, recorded, self.settings.video_fps)
             if request.imagine:
                 steps, guidance = self.settings.imagine_steps, self.settings.imagine_guidance
-                imagine = closed_loop(request.job, result.trajectory, recorded.prompts, request.horizon, steps, guidance)
+                starts, prompts = closed_loop_starts(
+                    self.artifacts, result.trajectory, recorded.frames, recorded.prompts, request.horizon
+                )
+                imagine = closed_loop(request.job, starts, prompts, request.horizon, steps, guidance)
             changes = {"started": started, "finished": time.time(), "imagine_id": imagine.id if imagine else ""}
             result = result.model_copy(update=changes)
         except CancelledError:

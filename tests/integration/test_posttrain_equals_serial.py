@@ -39,7 +39,8 @@ from tests.trainer_fakes import (
 from world2act.bundle import Bundle
 from world2act.models.adapters import Adapters
 from world2act.schedule import plan
-from world2act.stage2 import Learner, Stage2Dataset, post_train
+from world2act.stage2 import Learner, Stage2Dataset, Targets, aligned, post_train
+from world2act.types import Trajectory
 
 pytestmark = pytest.mark.integration
 PARAMS: dict[str, Any] = {"tasks": ["reach", "drawer-open"], "episodes": 3, "rounds": 2, "steps": 4, "seed": 1}
@@ -48,13 +49,18 @@ EPISODES = 2 * 3 * 3
 
 def serial(adapters: Adapters, params: dict[str, Any]) -> Bundle:
     """Stage 2 in one process, without any service, on the recorded data."""
+
+    def targets(trajectory: Trajectory) -> Targets:
+        found = recorded_targets(trajectory.task, trajectory.index, len(trajectory.frames))
+        return aligned(found, adapters, trajectory) if settings.alignment == "monotone" else found
+
     settings = stage2_settings(PosttrainParams.model_validate(params))
     learner = Learner(adapters, settings, params["seed"], 4, LATENT)
     specs = plan(settings, params["tasks"], params["seed"])
     post_train(
         specs,
         lambda members, _: [recorded_trajectory(s.task, s.index, s.key) for s in members],
-        lambda trajectory: recorded_targets(trajectory.task, trajectory.index, len(trajectory.frames)),
+        targets,
         learner,
         Stage2Dataset(adapters, settings),
     )
@@ -131,6 +137,26 @@ def test_distributed_equals_serial_to_the_bit(rig: Rig, mode: str) -> None:
         assert all(version == round_ for round_, version in recorded.versions.values())
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"closed_loop_every": 2, "cosine_weight": 0.5, "residual_penalty": 0.1},
+        {"target": "open-loop", "alignment": "monotone", "contrastive_weight": 0.1, "contrastive.form": "marginal"},
+    ],
+)
+def test_other_targets_and_objectives_equal_serial_too(rig: Rig, settings: dict[str, Any]) -> None:
+    """Pixels, because these targets bring no latents and the rig has no world model to encode with."""
+    params = {**PARAMS, "episodes": 2, "rounds": 1, "steps": 2}
+    params["settings"] = {**settings, "vision": "pixels", "episodes_per_step": 2}
+    with rig.recorded(seed=5, duplicates=True):
+        job = rig.run(**params)
+    assert job.status == "succeeded", job.error
+    assert_equal_bits(rig.bundle(job.result), serial(rig.adapters, params))
+    other = {**params["settings"], "alignment": "same-index", "cosine_weight": 0.0}
+    with pytest.raises(AssertionError, match="weights differ"):
+        assert_equal_bits(rig.bundle(job.result), serial(rig.adapters, {**params, "settings": other}))
+
+
 def test_order_of_arrival_does_not_matter(rig: Rig) -> None:
     results = []
     for seed in (1, 2):
@@ -169,6 +195,7 @@ def test_bad_jobs_fail_with_a_sentence(rig: Rig) -> None:
     assert "tasks: fly" in rig.run(tasks=["fly"]).error
     assert "eta: " in rig.run(mode="sync", eta=2).error
     assert "stpes: " in rig.run(stpes=3).error
+    assert "settings: bond: no such setting" in rig.run(settings={"bond": 1.0}).error
     Ledger(rig.client).publish_version("mine", 1, "sha256-" + "0" * 64 + ".safetensors")
     assert "namespace: 'mine'" in rig.run(namespace="mine").error
 

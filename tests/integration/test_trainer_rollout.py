@@ -87,6 +87,14 @@ def test_an_episode_is_recorded_as_it_was_executed(rig: Rig) -> None:
     assert not rig.simulator.open and not rig.client.smembers(rig.coordinator.leases), "the environment is given back"
 
 
+def test_clips_of_two_chunks_are_asked_for_from_every_second_state(rig: Rig) -> None:
+    result = rig.run(imagine=True, horizon=2, version=0, max_chunks=3)
+    ((_, imagine),) = read_all(rig.client, IMAGINE_REQUESTS, ImagineRequest)
+    assert imagine.id == result.imagine_id and imagine.starts != result.trajectory and not imagine.latents
+    assert [int(f[0, 0, 0]) for f in rig.store.get_tensors(imagine.starts)["frames"]] == [10, 30]
+    assert [(row[0].prompt, row[0].chunks) for row in imagine.skills] == [("pick up the puck", 2)] * 2
+
+
 def test_success_ends_an_episode_only_where_nothing_learns_from_it(rig: Rig) -> None:
     watched, learned = rig.run(id="watched"), rig.run(id="learned", stop_at_success=False, max_chunks=6)
     assert (watched.success, watched.chunks) == (True, 4)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from world2act import schedule, stage2
+from world2act import objectives, schedule, stage2
 from world2act.models import store
 from world2act.models.adapters import Adapters, AdapterSettings
 from world2act.normalisation import Statistics
@@ -257,3 +257,85 @@ def test_targets_pair_each_chunk_with_the_latent_that_shows_its_result(adapters,
     values.clear()
     stage2.open_loop_targets(BrightnessModel(), adapters, found)
     assert values == [11, 12, 13, 14], "the second skill starts from the first clip's last frame"
+
+
+class NamingModel:
+    """Latents that say which frame (100 x its brightness) and how far ahead (k) they are; remembers what it was asked."""
+
+    hash = "w" * 64
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, list[str], list[int]]] = []
+
+    def imagine(self, start, prompts, horizon, seeds):
+        self.asked.append((horizon, list(prompts), list(seeds)))
+        values = 100 * start.float().mean((1, 2, 3))[:, None] + torch.arange(1.0 + horizon)
+        return values[..., None, None, None].expand(-1, -1, 16, 4, 4)
+
+
+def test_clips_of_n_chunks_start_at_every_nth_frame_and_latent_k_pairs_with_the_kth_chunk(adapters):
+    spec, model = schedule.plan(SETTINGS, TASKS, 0)[0], NamingModel()
+    frames = np.broadcast_to(np.arange(7, dtype=np.uint8)[:, None, None, None], (7, 4, 4, 3)).copy()
+    found = replace(trajectory(spec), frames=frames, prompts=tuple("aabbbcc"))
+    made = stage2.imagined_targets(model, adapters, replace(SETTINGS, closed_loop_every=3), found, seed=40)
+    assert model.asked == [(3, ["a", "b", "c"], [40, 43, 46])], "the skill active where the clip starts"
+    wanted = torch.tensor([1.0, 2, 3, 301, 302, 303, 601])[:, None, None, None, None].expand(-1, 1, 16, 4, 4)
+    torch.testing.assert_close(made.embeddings, adapters.video(wanted)[:, 0])
+    assert made.mask.shape == (7,) and made.mask.all() and made.visual is None
+    every_frame = stage2.imagined_targets(model, adapters, SETTINGS, found)
+    torch.testing.assert_close(every_frame.visual[:, 0, 0, 0], 100 * torch.arange(7.0))
+
+
+def test_alignment_gives_each_executed_chunk_its_imagined_one_skill_by_skill(adapters, monkeypatch):
+    """The imagined line is the embeddings of eight known chunks; the execution waits once and skips once, in each skill."""
+    spec = schedule.plan(SETTINGS, TASKS, 0)[0]
+    chunks = torch.randn(8, 4, 4, generator=torch.Generator().manual_seed(0))
+    warp = [0, 0, 1, 3, 4, 6, 6, 7]
+    executed = adapters.actions.denormalise(chunks[warp]).numpy()
+    found = replace(trajectory(spec), executed=executed, prompts=("pick",) * 4 + ("place",) * 4)
+    imagined = stage2.Targets(adapters.action(chunks[None])[0], torch.ones(8, dtype=torch.bool))
+    monkeypatch.setattr(stage2, "open_loop_targets", lambda *_: imagined)
+    settings = replace(SETTINGS, target="open-loop", alignment="monotone")
+    made = stage2.imagined_targets(BrightnessModel(), adapters, settings, found)
+    assert torch.equal(made.embeddings, imagined.embeddings[warp])
+    same = stage2.imagined_targets(BrightnessModel(), adapters, replace(settings, alignment="same-index"), found)
+    assert torch.equal(same.embeddings, imagined.embeddings)
+
+
+# --- the objective
+
+
+def test_terms_compose_with_their_weights_and_the_default_is_the_decode_term_alone(adapters):
+    quiet = replace(STAGE2["default"], latent_noise=0.0, state_noise=0.0)
+    data = dataset(adapters, schedule.plan(SETTINGS, TASKS, 0), quiet)
+    batch = data.draw(torch.Generator().manual_seed(0))
+    named = {"decode", "contrastive", "cosine", "penalty"}
+
+    def losses(settings):
+        learner = stage2.Learner(adapters, settings, 0)
+        torch.nn.init.normal_(learner.policy.head[-1].weight, generator=torch.Generator().manual_seed(1))
+        return learner.losses(batch)
+
+    default = losses(quiet)
+    assert named & default.keys() == {"decode"} and torch.equal(default["loss"], default["decode"])
+    every = replace(quiet, contrastive_weight=0.1, cosine_weight=0.7, residual_penalty=3.0)
+    found = losses(every)
+    assert named <= found.keys()
+    expected = found["decode"] + 0.1 * found["contrastive"] + 0.7 * (1 - found["positive_cosine"])
+    torch.testing.assert_close(found["loss"], expected + 3.0 * found["residual_norm"] ** 2)
+    single = losses(replace(every, contrastive=objectives.Contrastive(form="single")))
+    assert 0 < single["contrastive"] < found["contrastive"]
+
+
+def test_the_penalty_shrinks_the_residual_and_cosine_alone_raises_the_cosine(adapters):
+    specs = schedule.plan(SETTINGS, TASKS, 0)
+
+    def end_of(**changes):
+        settings = replace(STAGE2["default"], latent_noise=0.0, state_noise=0.0, **changes)
+        history = stage2.Learner(adapters, settings, 0).train_round(dataset(adapters, specs, settings), 40)
+        return history[0], history[-1]
+
+    free, held = end_of()[1], end_of(residual_penalty=10.0)[1]
+    assert held["residual_norm"] < 0.5 * free["residual_norm"]
+    first, last = end_of(decode_weight=0.0, cosine_weight=1.0)
+    assert last["positive_cosine"] > first["positive_cosine"] + 0.02

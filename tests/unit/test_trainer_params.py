@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from services.runtime.artifacts import ArtifactStore
 from services.trainer import timeline
-from services.trainer.episode import Perturbation, closed_loop
+from services.trainer.episode import Perturbation, closed_loop, closed_loop_starts
 from services.trainer.params import EvaluateParams, PosttrainParams, parse
 from services.trainer.posttrain import stage2_settings
 from services.trainer.rollouts import planned_skills
@@ -32,6 +34,10 @@ from world2act.schedule import perturbation, plan
         ("posttrain", {"tasks": ["reach"], "mode": "fast"}, "mode: "),
         ("posttrain", {"tasks": ["reach"], "namespace": "a/b"}, "namespace: "),
         ("posttrain", {"tasks": ["reach"], "step": 3}, "step: "),
+        ("posttrain", {"tasks": ["reach"], "settings": {"bond": 1.0}}, "settings: bond: no such setting"),
+        ("posttrain", {"tasks": ["reach"], "settings": {"bound": "wide"}}, "settings: bound: must be float"),
+        ("posttrain", {"tasks": ["reach"], "settings": {"closed_loop_every": 17}}, "closed_loop_every: must be in [1, 16]"),
+        ("posttrain", {"tasks": ["reach"], "settings": {"alignment": "monotone"}}, "monotone is for target open-loop"),
         ("evaluate", {"tasks": ["reach"], "split": "posttrain"}, "split: "),
         ("evaluate", {"tasks": ["reach"], "first_index": 999_999}, "first_index"),
         ("evaluate", {"tasks": ["reach"], "versions": [["a", -2]]}, "versions.0.version: "),
@@ -44,7 +50,7 @@ from world2act.schedule import perturbation, plan
     ],
 )
 def test_wrong_params_are_named(kind: str, params: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValueError, match=words.replace(".", r"\.")):
+    with pytest.raises(ValueError, match=re.escape(words)):
         parse(kind, params)
 
 
@@ -62,6 +68,9 @@ def test_overrides_change_the_plan_and_nothing_else() -> None:
     assert settings.plan.base + settings.plan.perturbed == 7 == settings.plan.on_policy
     assert settings.plan.base >= 1 and (settings.plan.first_steps, settings.plan.steps) == (9, 9)
     assert len(plan(settings, params.tasks, 0)) == 2 * 2 * 7
+    named = PosttrainParams(tasks=["reach"], rounds=1, settings={"plan.rounds": 4, "contrastive.form": "single", "bound": 1})
+    found = stage2_settings(named)
+    assert (found.plan.rounds, found.contrastive.form, found.bound) == (4, "single", 1.0)
     assert stage2_settings(PosttrainParams(tasks=["reach"])) == STAGE2["default"]
     assert stage2_settings(PosttrainParams(tasks=["reach"], preset="paper")) == STAGE2["paper"]
 
@@ -87,6 +96,16 @@ def test_closed_loop_requests_have_content_keys() -> None:
     one = closed_loop("a", "sha256-1", ["p", "q"], 1)
     assert one.id == closed_loop("b", "sha256-1", ["p", "q"], 1).id and one.latents
     assert len({one.id, closed_loop("a", "sha256-1", ["q", "p"], 1).id, closed_loop("a", "sha256-2", ["p", "q"], 1).id}) == 3
+
+
+def test_clips_of_several_chunks_start_at_every_so_manieth_frame(tmp_path: Path) -> None:
+    store = ArtifactStore(f"file://{tmp_path}")
+    frames = np.arange(5, dtype=np.uint8)[:, None, None, None].repeat(2, axis=1)
+    assert closed_loop_starts(store, "sha256-1", list(frames), "abcde", 1) == ("sha256-1", ["a", "b", "c", "d", "e"])
+    starts, prompts = closed_loop_starts(store, "sha256-1", list(frames), "abcde", 2)
+    assert prompts == ["a", "c", "e"] and store.get_tensors(starts)["frames"][:, 0, 0, 0].tolist() == [0, 2, 4]
+    request = closed_loop("a", starts, prompts, 2)
+    assert [row[0].chunks for row in request.skills] == [2, 2, 2] and not request.latents
 
 
 def test_planned_skills_share_the_episode() -> None:
