@@ -1,5 +1,5 @@
 # World2Act. `make demo` and `make test` do all their own set-up.
-.PHONY: help demo test setup lint bench zoo proto clean
+.PHONY: help demo test setup lint bench zoo experiments proto clean
 SHELL := /bin/bash
 RUN := .venv/bin/
 
@@ -8,6 +8,7 @@ help:
 	@echo "make test   every test: lint, types, unit, conformance, integration with the real processes"
 	@echo "make bench  every rate, one table"
 	@echo "make zoo    rebuild every shipped weight from nothing (about two hours on 2 cores)"
+	@echo "make experiments  every experiment at its full size (days on 2 cores; resumable), and docs/results.md"
 	@echo "make proto  regenerate the protobuf code"
 
 demo:
@@ -30,6 +31,12 @@ bench:
 zoo:
 	@scripts/setup.sh all
 	@OMP_NUM_THREADS=1 scripts/make_zoo.sh $(ZOO)
+
+experiments:
+	@scripts/setup.sh all
+	@for name in main methods worldmodel objectives adapters scaling cross-task regimes similarity-vs-success; do \
+	  $(RUN)world2act experiment $$name $(EXPERIMENT) || exit; done
+	@$(RUN)world2act results
 
 proto:
 	@scripts/setup.sh dev

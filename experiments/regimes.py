@@ -127,21 +127,23 @@ PARTS = ("base", "worldmodel", "adapters")
 
 
 def lacking(regime: Regime, places: Places) -> list[str]:
-    """Parts that have to be built. Adapters of another world model (the zoo's may have changed since) are none."""
+    """Parts that have to be built. Adapters of another world model (the zoo's may have changed since) are none.
+
+    Raises FileNotFoundError for a shipped part that is missing: those are never built here.
+    """
     missing = [name for name in PARTS if not places.part(regime, name).exists()]
     if not missing:
         adapters = Adapters.load(places.part(regime, "adapters"))
         missing = [] if adapters.worldmodel_hash == _hash(places.part(regime, "worldmodel")) else ["adapters"]
+    for path in (places.part(regime, name) for name in missing):
+        if path.parent == places.zoo:
+            raise FileNotFoundError(f"{path}: not there, or of another world model; `make zoo` makes it")
     return missing
 
 
 def prepare(regime: Regime, places: Places, tasks: Sequence[str]) -> dict[str, str]:
-    """Build what the regime lacks; returns the hash of each part. Raises FileNotFoundError for a shipped part that is missing."""
+    """Build what the regime lacks; returns the hash of each part. Raises as `lacking`."""
     missing = lacking(regime, places)
-    for name in missing:
-        path = places.part(regime, name)
-        if path.parent == places.zoo:
-            raise FileNotFoundError(f"{path}: not there, or of another world model; `make zoo` makes it")
     if "base" in missing:
         clone(few(places, tasks, regime.demonstrations), seed=0).save(places.part(regime, "base"), {"regime": regime.name})
     if "worldmodel" in missing:

@@ -30,6 +30,37 @@ def test_mcnemar_is_the_exact_sign_test():
     assert evaluation.mcnemar(3, 3) == 1.0
 
 
+def row(both: int, gained: int, lost: int, neither: int) -> evaluation.Comparison:
+    n = both + gained + lost + neither
+    before, after = evaluation.wilson(both + lost, n), evaluation.wilson(both + gained, n)
+    return evaluation.Comparison("x", before, after, gained, lost, evaluation.mcnemar(gained, lost))
+
+
+def test_paired_difference_of_known_values():
+    published = evaluation.paired_difference(row(1, 1, 7, 12))  # Bentur 2009 in Fagerland, Lydersen, Laake 2014: -0.507, -0.026
+    assert (round(published.low, 3), round(published.high, 3)) == (-0.507, -0.026)
+    same = evaluation.paired_difference(row(50, 0, 0, 0))
+    assert same.value == 0 and same.low == pytest.approx(-same.high) and 0.05 < same.high < 0.1
+    forth, back = evaluation.paired_difference(row(30, 12, 5, 3)), evaluation.paired_difference(row(30, 5, 12, 3))
+    assert (forth.value, forth.low, forth.high) == pytest.approx((-back.value, -back.high, -back.low))
+    independent = evaluation.paired_difference(row(25, 25, 25, 25))
+    assert forth.high - forth.low < 0.4 and independent.value == 0
+
+
+def test_holm_is_that_of_statsmodels_and_of_the_book():
+    from statsmodels.stats.multitest import multipletests
+
+    p = [0.04, 0.01, 0.03, 0.5]
+    assert evaluation.holm(p) == pytest.approx(list(multipletests(p, method="holm")[1]))
+    assert evaluation.holm(p) == pytest.approx([0.09, 0.04, 0.09, 0.5])  # 4 x .01, 3 x .03, not below it: .09, .5
+    assert evaluation.holm([]) == [] and evaluation.holm([0.2]) == [0.2]
+
+
+def test_spread_needs_two_seeds():
+    assert evaluation.spread([0.5]) is None
+    assert evaluation.spread([0.4, 0.6]) == pytest.approx(0.1 * 2**0.5)
+
+
 def test_compare_counts_matched_scenes_per_task_and_overall():
     rows = evaluation.compare(outcomes(BASE), outcomes(POST) + outcomes(POST))  # a second delivery counts once
     assert [row.name for row in rows] == ["push", "reach", "all"]

@@ -1,0 +1,153 @@
+"""The results page: synthetic cells give known tables, gaps are said, rows that do not match are refused, the page is current."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from experiments import plots, results
+from experiments.catalogue import EXPERIMENTS
+from experiments.cells import Cell
+from experiments.results import Plan, PlannedRow
+from experiments.study import Sizes
+from world2act.splits import LeakageError, Split
+
+ROOT = Path(__file__).parents[2]
+SIZES = Sizes(2, 4, ("push", "reach"))
+WEIGHTS = {"base": "b" * 64, "worldmodel": "c" * 64, "adapters": "d" * 64}
+RICH = {"kind": "video-rich", "demonstrations": 4, "worldmodel": "skill", "stage1": "default"}
+
+
+def put(out: Path, variant: str, seed: int, push: str, reach: str, base: str = "b" * 64, split: str = "evaluation") -> str:
+    """One cell's file; returns its name. 0 and 1: outcomes in scene order."""
+    weights = WEIGHTS | {"base": base}
+    what = {"regime": RICH, "weights": weights, "trials": len(push), "tasks": ["push", "reach"], "split": split}
+    cell = Cell("methods", variant, seed, what)
+    rounds = [{"push": "0000", "reach": "0000"}, {"push": push, "reach": reach}]
+    notes = {"seconds/training": 10.0 + seed, "round_0/positive_cosine": 0.5, "round_1/positive_cosine": 0.75}
+    content = {"cell": cell.__dict__, "wall_seconds": 30.0, "outcomes": {"push": push, "reach": reach}, "notes": notes}
+    path = cell.path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content | ({"rounds": rounds} if variant == "rounds" else {})))
+    return cell.name
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    base = (put(tmp_path, "base", 0, "0000", "1100"), put(tmp_path, "base", 1, "0001", "1100"))
+    ours = (put(tmp_path, "world2act", 0, "1111", "1110"), put(tmp_path, "world2act", 1, "1111", "0100"))
+    oracle = (put(tmp_path, "oracle", 0, "1111", "1111"), "oracle-1-absent")
+    rows = (
+        PlannedRow("base", base, paper="0.701"),
+        PlannedRow("world2act", ours, ("base",), "0.726"),
+        PlannedRow("oracle", oracle, ("base", "later"), bound=True),
+        PlannedRow("later", (), ("base",)),
+    )
+    return Plan("methods", "world2act experiment methods --seeds 2 --trials 4", SIZES, rows)
+
+
+def test_rates_by_seed_and_paired_differences(plan: Plan, tmp_path: Path) -> None:
+    table = results.measure(plan, tmp_path)
+    base, ours, oracle, later = table.lines
+    assert base.rate is not None and ours.rate is not None
+    assert (base.rate.successes, ours.rate.successes, ours.rate.n) == (5, 12, 16)
+    assert base.seeds == {0: 0.25, 1: 0.375} and ours.seeds == {0: 7 / 8, 1: 5 / 8}
+    assert ours.spread == pytest.approx(0.25 / 2**0.5)
+    assert (ours.tasks["push"].successes, ours.tasks["reach"].successes) == (8, 4)
+    assert ours.notes["seconds/training"] == 10.5
+    assert (oracle.missing, later.missing, later.rate) == ("seeds 1", "all seeds", None)
+    first, second = table.contrasts  # nothing is compared with a row that has no cells
+    assert (first.label, first.against, first.n, first.gained, first.lost) == ("world2act", "base", 16, 8, 1)
+    assert first.difference.value == pytest.approx(7 / 16) and first.seeds == {0: 0.625, 1: 0.25}
+    assert (first.tasks["push"].gained, first.tasks["push"].lost, first.tasks["push"].n) == (7, 0, 8)
+    assert (second.label, second.n, second.gained, list(second.seeds)) == ("oracle", 8, 6, [0])  # the seed that both have
+    assert first.p == pytest.approx(20 / 512) and second.p == pytest.approx(2 / 64)
+    assert [first.holm, second.holm] == [pytest.approx(2 / 32), pytest.approx(2 / 32)]  # twice the smaller, kept monotone
+    task_p = [t.p for c in table.contrasts for t in c.tasks.values()]
+    assert first.tasks["push"].holm == pytest.approx(min(task_p) * len(task_p))
+    assert (table.cells, table.wanted, table.seconds) == (5, 8, 150.0)
+
+
+def test_page_says_what_is_missing_and_what_belongs_to_nothing(plan: Plan, tmp_path: Path) -> None:
+    plan.save(tmp_path)
+    put(tmp_path, "stray", 0, "0", "0")
+    text = results.page(tmp_path)
+    assert "**Missing:** oracle (seeds 1); later (all seeds)." in text
+    assert "5 of 8 cells" in text and f"Command: `{plan.command}`" in text
+    assert "| world2act | base | +0.438 [" in text and "| 0.726 |" in text and "oracle (bound)" in text
+    assert "| later | missing |" in text
+    assert "1 more cells there belong to no row" in text
+    assert "Not run: main, worldmodel, objectives" in text
+    assert "video-rich-4: base `bbbbbbbbbbbb`, worldmodel `cccccccccccc`" in text
+    assert results.page(tmp_path) == text
+    assert Plan.load(tmp_path, "methods") == plan
+
+
+def test_rows_that_do_not_match_are_refused(plan: Plan, tmp_path: Path) -> None:
+    other = PlannedRow("other", (put(tmp_path, "other", 0, "1111", "1111", base="e" * 64),), ("base",))
+    with pytest.raises(ValueError, match="other, base: stand on 2 different base policies"):
+        results.measure(replace(plan, rows=(plan.rows[0], other)), tmp_path)
+    short = PlannedRow("short", (put(tmp_path, "short", 0, "111", "111"),), ("base",))
+    with pytest.raises(ValueError, match="scenes were run by one policy only"):
+        results.measure(replace(plan, rows=(plan.rows[0], short)), tmp_path)
+    tuning = PlannedRow("tuning", (put(tmp_path, "tuning", 0, "1111", "1111", split="tuning"),), ("base",))
+    with pytest.raises(LeakageError, match="split evaluation only, got tuning"):
+        results.measure(replace(plan, rows=(plan.rows[0], tuning)), tmp_path)
+
+
+def test_a_row_may_count_some_tasks_only(plan: Plan, tmp_path: Path) -> None:
+    rows = tuple(replace(row, tasks=("reach",)) for row in plan.rows[:2])
+    table = results.measure(replace(plan, rows=rows), tmp_path)
+    assert table.lines[1].rate is not None and (table.lines[1].rate.successes, table.lines[1].rate.n) == (4, 8)
+    assert (table.contrasts[0].gained, table.contrasts[0].lost) == (1, 1)
+
+
+def test_a_run_of_some_rows_keeps_the_others_of_the_same_sizes(plan: Plan) -> None:
+    rows = EXPERIMENTS["main"].rows(SIZES.tasks)
+    cells = {rows[0].label: [Cell("main", "base", 0)]}
+    earlier = replace(plan, rows=(PlannedRow(rows[1].label, ("kept",)), PlannedRow(rows[0].label, ("old",))))
+    found = results.planned(rows, cells, earlier, SIZES)
+    assert [row.cells for row in found] == [(cells[rows[0].label][0].name,), ("kept",), (), ()]
+    other = results.planned(rows, cells, earlier, Sizes(1, 4, SIZES.tasks))
+    assert other[1].cells == ()
+
+
+def test_tuning_scenes_are_named_as_such(plan: Plan, tmp_path: Path) -> None:
+    sizes = replace(SIZES, split=Split.TUNING)
+    replace(plan, sizes=sizes, rows=()).save(tmp_path)
+    assert "**Tuning scenes: for choosing hyperparameters, not a result.**" in results.page(tmp_path)
+
+
+def test_plots_and_terminal_tables(plan: Plan, tmp_path: Path) -> None:
+    rounds = (put(tmp_path, "rounds", 0, "1100", "1111"),)
+    curve = tuple(replace(row, series=row.label, x=float(x)) for x, row in enumerate(plan.rows))
+    cases = {
+        "methods": plan.rows,
+        "regimes": curve,
+        "similarity-vs-success": (plan.rows[0], PlannedRow("default", rounds, ("base",))),
+    }
+    for name, rows in cases.items():
+        table = results.measure(replace(plan, experiment=name, rows=rows), tmp_path)
+        plots.draw(table, tmp_path / f"{name}.png")
+        assert 2_000 < (tmp_path / f"{name}.png").stat().st_size < 80_000
+        console = Console(file=io.StringIO(), width=200)
+        results.show(table, console)
+        assert "Wilson" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert table.lines[1].rounds == {0: [(0.5, 0.0), (0.75, 0.75)]}
+
+
+def test_publish_writes_page_tables_and_plots(plan: Plan, tmp_path: Path) -> None:
+    plan.save(tmp_path)
+    page = results.publish(tmp_path)
+    assert page == tmp_path.with_name(f"{tmp_path.name}.md") and page.read_text() == results.page(tmp_path)
+    assert json.loads((tmp_path / "methods.json").read_text())["contrasts"][0]["gained"] == 8
+    assert (tmp_path / "methods.png").exists()
+
+
+def test_committed_page_is_current() -> None:
+    assert (ROOT / "docs/results.md").read_text() == results.page(ROOT / "docs/results"), "run: world2act results"
