@@ -183,7 +183,7 @@ def fit_to(data: Transitions, seed: int, steps: int) -> ActionWorldModel:
         loss = nn.functional.mse_loss(moving.float() - noisy + batch.still, batch.moving)
         loss = loss + ((after.float() - batch.after) / dynamics.move_std).square().mean()
         optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(dynamics.parameters(), 1.0)
         optimiser.step()
         schedule.step()
@@ -201,7 +201,7 @@ def errors(dynamics: ActionWorldModel, data: Transitions, rows: int = 1024) -> d
     batch = data.at(torch.randperm(len(data), generator=generator)[:rows])
     found: dict[str, list[Tensor]] = {}
     other = batch.chunks.roll(1, 0)  # rows are shuffled
-    for part in torch.arange(len(batch)).split(BATCH):
+    for part in torch.split(torch.arange(len(batch)), BATCH):
         still, moving, states = batch.still[part], batch.moving[part], batch.states[part]
         latent, after = dynamics(still, states, batch.chunks[part])
         wrong, _ = dynamics(still, states, other[part])

@@ -95,7 +95,7 @@ def selected(rollouts: Rollouts, scenes: Sequence[Trajectory]) -> tuple[Samples,
     """Samples of the best rollouts of each scene, and the distances (scenes, ROLLOUTS) by which they were chosen."""
     lengths = torch.tensor([len(scene.frames) for scene in scenes]).repeat_interleave(ROLLOUTS)
     inside = torch.arange(rollouts.distance.shape[1]) < lengths[:, None]
-    mean = ((rollouts.distance * inside).sum(1) / lengths).unflatten(0, (-1, ROLLOUTS))
+    mean = ((rollouts.distance * inside).sum(1) / lengths).view(-1, ROLLOUTS)
     rows = best(mean, KEPT)
     keep = inside[rows]
     instructions = [scenes[int(row) // ROLLOUTS].instruction for row in rows for _ in range(int(lengths[row]))]

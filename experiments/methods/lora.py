@@ -113,7 +113,7 @@ class LoraLearner(Learner):
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """As the residual's, on frames uint8 (B, n, H, W, 3) moved by a few pixels."""
         active = to_float(batch.visual[:, :, : self.rows].flatten(0, 1)).permute(0, 3, 1, 2).contiguous()
-        moved = shifted(active, SHIFT, self.generator).unflatten(0, batch.mask.shape)
+        moved = shifted(active, SHIFT, self.generator).view(*batch.mask.shape, *active.shape[1:])
         return super().losses(replace(batch, visual=moved))
 
 

@@ -56,14 +56,16 @@ class Starts:
     @staticmethod
     def joined(parts: Sequence[Starts]) -> Starts:
         """One after the other."""
-        tensors = (torch.cat([getattr(part, name) for part in parts]) for name in ("latents", "states", "base", "reference"))
-        return Starts(*tensors, instructions=tuple(text for part in parts for text in part.instructions))
+        latents, states, base, reference = (
+            torch.cat([getattr(part, name) for part in parts]) for name in ("latents", "states", "base", "reference")
+        )
+        return Starts(latents, states, base, reference, tuple(text for part in parts for text in part.instructions))
 
     def repeated(self, rows: Tensor, times: int) -> Starts:
         """Those of `rows`, each `times` in a row, in float32."""
         at = rows.repeat_interleave(times)
-        tensors = (x[at].float() for x in (self.latents, self.states, self.base, self.reference))
-        return Starts(*tensors, instructions=tuple(self.instructions[i] for i in at.tolist()))
+        latents, states, base, reference = (x[at].float() for x in (self.latents, self.states, self.base, self.reference))
+        return Starts(latents, states, base, reference, tuple(self.instructions[i] for i in at.tolist()))
 
 
 @torch.no_grad()
@@ -95,9 +97,10 @@ def quadratic(difference: Tensor, settings: Settings) -> Tensor:
 
 def advantages(rewards: Tensor, group: int) -> Tensor:
     """Rewards (H, N) -> what still follows each step, minus its group's mean, over its group's spread; groups are neighbours."""
-    following = rewards.flip(0).cumsum(0).flip(0).unflatten(1, (-1, group))
+    following = rewards.flip(0).cumsum(0).flip(0).reshape(len(rewards), -1, group)
     centred = following - following.mean(2, keepdim=True)
-    return (centred / (centred.square().mean(2, keepdim=True).sqrt() + 1e-8)).flatten(1)
+    scaled: Tensor = centred / (centred.square().mean(2, keepdim=True).sqrt() + 1e-8)
+    return scaled.flatten(1)
 
 
 def executable(chunks: Tensor, actions: Statistics) -> Tensor:
