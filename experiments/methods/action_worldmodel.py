@@ -65,7 +65,8 @@ def cut(
 ) -> Transitions:
     """Transitions that begin at frames `starts` of an episode: frames uint8 (T+1, H, W, 3), states (T+1, S), actions (T, A)."""
     at = torch.tensor(starts)
-    latents = model.encode(frames[at[:, None] + torch.arange(M + 1)]).half()
+    with autocast("auto"):
+        latents = model.encode(frames[at[:, None] + torch.arange(M + 1)]).half()
     chunks = adapters.actions.normalise(actions[at[:, None] + torch.arange(M)])
     return Transitions(latents[:, 0], latents[:, 1], states[at], states[at + M], chunks)
 
@@ -242,5 +243,7 @@ class Simulator:
         moving, after = self.dynamics(still, states, chunks)
         if not look:
             return Imagined(moving, torch.empty(0), torch.empty(0), after)
-        frames = self.model.decode(moving[:, None])[:, -1]  # decoded as a first latent: the last of its frames alone
-        return Imagined(moving, frames, self.model.encode(frames[:, None])[:, 0], after)
+        with autocast("auto"):  # most of a step's time
+            frames = self.model.decode(moving[:, None])[:, -1]  # decoded as a first latent: the last of its frames alone
+            still = self.model.encode(frames[:, None])[:, 0]
+        return Imagined(moving, frames, still.float(), after)

@@ -32,11 +32,15 @@ BaseChunk = Callable[[Tensor, Tensor, Sequence[str]], Tensor]
 @dataclass(frozen=True)
 class Settings:
     """starts: per update; group: rollouts from each; horizon: chunks of a rollout. Exploration in standard deviations of the
-    actions: `spread` is one offset for the chunk, `jitter` one per action. kl: weight of KL(policy | base) per rollout step."""
+    actions: `spread` is one offset for the chunk, `jitter` one per action. kl: weight of KL(policy | base) per rollout step.
+
+    One chunk is the default: rewards are per chunk and starts are on-policy, and a second chunk costs ten times as much, for the
+    base must see decoded frames.
+    """
 
     starts: int = 24
     group: int = 8
-    horizon: int = 2
+    horizon: int = 1
     spread: float = 0.25
     jitter: float = 0.1
     kl: float = 0.02

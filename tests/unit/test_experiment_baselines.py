@@ -286,7 +286,7 @@ def parts(base: TinyPolicy, model: WorldModel, adapters: Adapters, monkeypatch: 
     monkeypatch.setattr(action_worldmodel, "STEPS", 2)
     monkeypatch.setattr(action_worldmodel, "PLAY_EPISODES", 1)
     monkeypatch.setattr(ctrl_world, "cloning_steps", lambda episodes: 2)
-    monkeypatch.setattr(vla_rft.train, "__defaults__", (vla_rft.Settings(starts=2, group=3),))
+    monkeypatch.setattr(vla_rft.train, "__defaults__", (vla_rft.Settings(starts=2, group=3, horizon=2),))
     arena: Any = FakeArena(np.full(4, 0.5, np.float32))
     return Parts(base, model, adapters, demonstrations, TASKS, SETTINGS, 0, arena)
 
