@@ -134,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the running cells too
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the cells' processes: one core each
     started = time.monotonic()
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 160)
     try:
         with progress_display() as progress:
             plan, failures = run(options, progress)

@@ -101,7 +101,10 @@ def few(places: Places, tasks: Sequence[str], count: int) -> list[Episode]:
             chosen[episode.task].append(episode)
     short = [f"{task} {len(found)}" for task, found in chosen.items() if len(found) < count]
     if short:
-        raise ValueError(f"demonstrations: need {count} a task of split base under {places.demos}, got {', '.join(short)}")
+        more = f"world2act demos --split base --episodes {count} --resume makes them"
+        raise ValueError(
+            f"demonstrations: need {count} a task of split base under {places.demos}, got {', '.join(short)}; {more}"
+        )
     return [episode for found in chosen.values() for episode in found]
 
 

@@ -301,7 +301,11 @@ def _per_task(table: Table) -> Grid:
         contrast = first.get(line.label)
         found = [_task_text(line.tasks.get(task), contrast.tasks.get(task) if contrast else None) for task in tasks]
         rows.append([_name(line), *found])
-    return "Per task (difference to the first reference; * Holm p < 0.05 over all tasks and rows)", ["variant", *tasks], rows
+    return (
+        "Per task (difference to the first reference; starred: Holm p < 0.05 over all tasks and rows)",
+        ["variant", *tasks],
+        rows,
+    )
 
 
 def _task_text(rate: Rate | None, contrast: Contrast | None) -> str:
@@ -340,7 +344,7 @@ def section(table: Table, folder: str) -> list[str]:
     if missing:
         lines += [f"**Missing:** {'; '.join(missing)}. Rows with missing seeds are compared on the seeds that both have.", ""]
     for title, header, rows in grids(table):
-        lines += [f"*{title}*", "", *markdown(header, rows), ""]
+        lines += [f"**{title}**", "", *markdown(header, rows), ""]
     if table.cells:
         lines += [f"![{experiment.title}]({folder}/{plan.experiment}.png)", ""]
     for regime, hashes in table.weights.items():

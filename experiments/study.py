@@ -103,6 +103,8 @@ def prepare_all(
             groups.setdefault(places.part(regime, "base").parent.name, []).append(regime)
     calls = {name: (_prepare, (members, places, tuple(tasks))) for name, members in groups.items()}
     failures = []
+    if calls:
+        progress("parts", 0, len(calls), {})
     for done, (name, error) in enumerate(processes(calls, workers, places.cache / "logs"), 1):
         progress("parts", done, len(calls), {})
         failures += [f"{name}: {error}"] if error else []
