@@ -19,7 +19,7 @@ import tyro
 from world2act import splits
 from world2act.console import Progress, no_progress, progress_display
 from world2act.data import robomimic
-from world2act.data.clips import camera_grid
+from world2act.data.clips import camera_grid, intended
 from world2act.models.tiny_policy import TinyPolicy, TinyPolicyConfig
 from world2act.models.vae import to_float
 from world2act.optimisation import Precision, autocast, warm_cosine
@@ -58,15 +58,19 @@ class Samples:
 
 
 def samples_of(episodes: Sequence[Episode], rows: int, allowed: Collection[Split] = (Split.BASE,)) -> Samples:
-    """One sample per frame t <= T - M: what is seen at t and the M actions from t on. LeakageError for a split not `allowed`."""
+    """One sample per frame from which M intended actions follow: what is seen there, and they.
+
+    LeakageError for a split that is not `allowed`.
+    """
     splits.require((e.split for e in episodes), allowed, "behaviour_cloning")
     frames, states, chunks, instructions = [], [], [], []
     for episode in episodes:
-        count = len(episode.actions) - M + 1
-        frames.append(camera_grid(episode)[:count, :rows])
-        states.append(episode.states[:count])
-        chunks.append(np.stack([episode.actions[t : t + M] for t in range(count)]))
-        instructions += [episode.instruction] * count
+        wanted = intended(episode)
+        at = np.array([t for t in range(len(episode.actions) - M + 1) if wanted[t : t + M].all()], np.int64)
+        frames.append(camera_grid(episode)[at, :rows])
+        states.append(episode.states[at])
+        chunks.append(episode.actions[at[:, None] + np.arange(M)])
+        instructions += [episode.instruction] * len(at)
     return Samples(np.concatenate(frames), np.concatenate(states), np.concatenate(chunks), instructions)
 
 

@@ -175,7 +175,7 @@ def draw_batch(data: Stage1Data, actions: Statistics, settings: Stage1Settings, 
     """Clips, then one window per clip (same indices for latents and actions), then true or predicted latents per clip."""
     rows = draw_clips(data.skills, settings.batch, settings.hard_ratio, generator)
     true, predicted, chunks, mask = data.pairs()
-    lengths = mask[rows].sum(1)
+    lengths = (mask[rows] * torch.arange(1, mask.shape[1] + 1)).amax(1)
     window = min(settings.window, int(lengths.max()))
     random = torch.rand(2, len(rows), generator=generator)
     latest = (lengths - window).clamp_min(0)

@@ -38,6 +38,7 @@ class Episode:
 
     images: camera -> uint8 (T+1, H, W, 3), frame t before action t, the last one after the last action.
     states: float32 (T+1, S) proprioception; widths: float32 (T+1,) gripper opening in metres; actions: float32 (T, A).
+    intended: bool (T,), False where the action is not what the demonstrator wanted (a disturbance was added); None: all are.
     """
 
     task: str
@@ -49,6 +50,7 @@ class Episode:
     widths: FloatArray
     actions: FloatArray
     success: bool
+    intended: BoolArray | None = None
     meta: dict[str, str] = field(default_factory=dict)
 
 
@@ -66,7 +68,8 @@ class Skill:
 class Clip:
     """A skill cut out of an episode, in whole chunks.
 
-    frames: uint8 (1 + M*n, H, W, 3) camera grid; actions: float32 (n, M, A); mask: bool (n,), False where padded.
+    frames: uint8 (1 + M*n, H, W, 3) camera grid; actions: float32 (n, M, A); mask: bool (n,), False where padded or not
+    intended (see Episode).
     """
 
     task: str

@@ -2,7 +2,8 @@
 
 A plain episode follows the expert; one that fails is dropped and counted. A perturbed episode adds random xyz offsets, each
 held for one to three chunks, to half of the expert's chunks on average, so that states off the expert's path, and the way
-back, are seen too; the action recorded is the action executed, and the episode is kept whether or not it succeeds. An
+back, are seen too; the action recorded is the action executed, marked as not intended where an offset was added, and the
+episode is kept whether or not it succeeds. An
 episode ends AFTER_SUCCESS chunks after success, in whole chunks, or at the task's limit: what a solved task looks like is
 seen too, since policies go on there. Scene i is the same scene for ever (world2act.splits), and scene i is perturbed or plain
 whatever --episodes is, so a longer collection extends a shorter one (--resume).
@@ -99,6 +100,7 @@ def record(env: base.Environment, task: str, split: Split, index: int, noise: fl
     observation = env.reset(task, seed)
     images = {name: [image] for name, image in observation.images.items()}
     states, actions = [observation.state], []
+    intended: list[bool] = []
     success, after, left = False, 0, 0
     for _ in range(spec.task(task).max_chunks):
         if left == 0:
@@ -110,6 +112,7 @@ def record(env: base.Environment, task: str, split: Split, index: int, noise: fl
             action = np.clip(env.expert_action() + offset, -1.0, 1.0).astype(np.float32)
             result = env.step(action[None], "all")
             actions.append(action)
+            intended.append(not offset.any())
             states.append(result.states[0])
             for name, frames in result.images.items():
                 images[name].append(frames[0])
@@ -128,6 +131,7 @@ def record(env: base.Environment, task: str, split: Split, index: int, noise: fl
         widths=stacked[:, spec.gripper_width_index],
         actions=np.stack(actions),
         success=success,
+        intended=np.array(intended),
     )
 
 

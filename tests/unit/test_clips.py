@@ -33,7 +33,7 @@ class LastFrameVAE:
 def cut_episode(length: int, skills: tuple[Skill, ...], first: int = 0) -> CutEpisode:
     frames = np.broadcast_to(np.arange(first, first + length + 1, dtype=np.uint8)[:, None, None, None], (length + 1, 8, 16, 3))
     actions = np.broadcast_to(np.arange(first, first + length, dtype=np.float32)[:, None], (length, 4))
-    return CutEpisode("push", "worldmodel", 0, False, frames.copy(), actions.copy(), skills)
+    return CutEpisode("push", "worldmodel", 0, False, frames.copy(), actions.copy(), np.ones(len(actions), np.bool_), skills)
 
 
 TWO_SKILLS = (Skill("grasp the puck", 0, 8), Skill("push the puck", 8, 20))
@@ -65,6 +65,17 @@ def test_clips_start_only_where_a_whole_chunk_of_the_skill_follows() -> None:
     assert strided.starts.tolist() == [0, 2, 4, 8, 10, 12, 14, 16]
     whole, part = bank.batch(strided.starts, 3), strided.batch(strided.starts, 3)
     assert torch.equal(whole.target, part.target) and torch.equal(whole.start, part.start)
+
+
+def test_what_a_disturbance_did_is_a_start_and_never_a_target() -> None:
+    disturbed = replace(cut_episode(20, (Skill("one", 0, 20),)), intended=~((np.arange(20) >= 8) & (np.arange(20) < 12)))
+    bank = LatentBank(LastFrameVAE(), [disturbed], stride=4)
+    assert bank.starts.tolist() == [0, 4, 12, 16]
+    batch = bank.batch(torch.tensor([0, 4, 12]), 3)
+    assert batch.mask.tolist() == [[True, True, False], [True, False, False], [True, True, False]]
+    marked = replace(episode(), intended=np.arange(12) >= 4)
+    (clip,) = cut_clips(marked, Segmentation((Skill("a", 0, 12),), None, (), ()))
+    assert clip.mask.tolist() == [False, True, True]
 
 
 def test_an_empty_bank_is_refused() -> None:

@@ -53,7 +53,8 @@ def read(path: Path) -> list[Episode]:
 
 
 def test_round_trip_in_order_of_index(tmp_path: Path) -> None:
-    written = [episode(10), episode(2), episode(1, steps=20)]
+    mask = np.arange(20) % 8 < 4
+    written = [episode(10), episode(2), replace(episode(1, steps=20), intended=mask)]
     path = write(tmp_path / "base" / "push.hdf5", *written)
     got = read(path)
     assert [e.index for e in got] == [1, 2, 10] and count_episodes(path) == 3
@@ -67,6 +68,7 @@ def test_round_trip_in_order_of_index(tmp_path: Path) -> None:
         ):
             assert x.dtype == y.dtype and (x == y).all()
     assert [e.meta["perturbed"] for e in got] == ["true", "false", "false"]
+    assert got[0].intended is not None and (got[0].intended == mask).all() and got[1].intended is None
     assert read_env_args(path) == ENV_ARGS
     with h5py.File(path) as file:
         assert file["data"].attrs["total"] == 36 and file["data/demo_1"].attrs["num_samples"] == 20
@@ -128,6 +130,7 @@ def test_resuming_under_other_settings_is_refused(tmp_path: Path) -> None:
             {"images": dict.fromkeys(("primary", "wrist"), np.zeros((9, 16, 16, 3), np.float32))},
             r"images\['primary'\]: must be uint8",
         ),
+        ({"intended": np.ones(7, np.bool_)}, r"intended: must be \(8,\), one per action"),
         ({"split": "evaluation"}, "holds episodes of split base, got evaluation"),
     ],
 )

@@ -85,7 +85,10 @@ def test_a_perturbed_episode_records_what_was_executed() -> None:
     assert (offsets == offsets[:, :1]).all(), "one offset a chunk"
     assert (offsets[..., 3] == 0).all(), "the gripper is not perturbed"
     assert np.abs(perturbed.actions).max() <= 1 and (plain.actions == 0.5).all()
-    assert 0 < (offsets[:, 0] != 0).any(axis=1).sum() < len(offsets), "some chunks, not all"
+    disturbed = (offsets[:, 0] != 0).any(axis=1)
+    assert 0 < disturbed.sum() < len(offsets), "some chunks, not all"
+    assert perturbed.intended is not None and plain.intended is not None and plain.intended.all()
+    assert (perturbed.intended.reshape(-1, 4) == ~disturbed[:, None]).all(), "what was not the expert's wish is marked"
     again = collect.record(env, "go", Split.BASE, 1, 0.5)
     assert (again.actions == perturbed.actions).all()
 

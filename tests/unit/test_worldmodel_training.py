@@ -30,7 +30,16 @@ def moving_block(direction: int, split: str = "worldmodel", index: int = 0) -> C
         top = 24 + 2 * direction * (t - 8 * (direction < 0) + 4)
         frames[t, max(0, top) : top + 16, 24:40] = 250
     prompt = "go down" if direction > 0 else "go up"
-    return CutEpisode("move", split, index, False, frames, np.full((16, 4), direction, np.float32), (Skill(prompt, 0, 16),))
+    return CutEpisode(
+        "move",
+        split,
+        index,
+        False,
+        frames,
+        np.full((16, 4), direction, np.float32),
+        np.ones(16, np.bool_),
+        (Skill(prompt, 0, 16),),
+    )
 
 
 @pytest.fixture(scope="module")

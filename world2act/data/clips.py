@@ -22,7 +22,7 @@ from world2act.data.grid import stitch
 from world2act.models.vae import VideoVAE, to_float
 from world2act.segmentation import OnlineSkill, RuleBasedPlanner, Segmentation, segment_episode
 from world2act.splits import Split
-from world2act.types import Clip, Episode, FloatArray, ImageArray, M, Skill
+from world2act.types import BoolArray, Clip, Episode, FloatArray, ImageArray, M, Skill
 
 
 def camera_grid(episode: Episode, cells: dict[str, int] | None = None) -> ImageArray:
@@ -58,12 +58,18 @@ def cut_clips(episode: Episode, segmentation: Segmentation | None = None, phases
     return [_clip(episode, grid, skill) for skill in shifted if skill.end - skill.start >= M]
 
 
+def intended(episode: Episode) -> BoolArray:
+    """Per action, bool (T,): what the demonstrator wanted, not what a disturbance made of it."""
+    return np.ones(len(episode.actions), np.bool_) if episode.intended is None else episode.intended
+
+
 def _clip(episode: Episode, grid: ImageArray, skill: Skill) -> Clip:
     chunks = (skill.end - skill.start) // M
     stop = skill.start + M * chunks
     actions = episode.actions[skill.start : stop].reshape(chunks, M, -1)
     frames = grid[skill.start : stop + 1]
-    return Clip(episode.task, skill.prompt, frames, actions, np.ones(chunks, np.bool_), episode.split, episode.index)
+    mask = intended(episode)[skill.start : stop].reshape(chunks, M).all(axis=1)
+    return Clip(episode.task, skill.prompt, frames, actions, mask, episode.split, episode.index)
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,7 @@ class CutEpisode:
     perturbed: bool
     frames: ImageArray
     actions: FloatArray
+    intended: BoolArray
     skills: tuple[Skill, ...]
 
 
@@ -117,7 +124,9 @@ def read_cut(
             continue  # shorter than a chunk
         perturbed = episode.meta.get("perturbed") == "true"
         frames = np.ascontiguousarray(camera_grid(episode)[:, :rows])
-        episodes.append(CutEpisode(episode.task, episode.split, episode.index, perturbed, frames, episode.actions, skills))
+        episodes.append(
+            CutEpisode(episode.task, episode.split, episode.index, perturbed, frames, episode.actions, intended(episode), skills)
+        )
     return Cut(episodes, discarded)
 
 
@@ -137,7 +146,8 @@ class LatentBank:
     """Latents of all episodes end to end, N frames in all (float16: half the memory, an error of 0.0005 of the spread).
 
     still (N, C, h, w): frame t alone. moving (N, C, h, w): frames t .. t+M. ends (N,): the frame at which the skill active at t
-    ends. chunks (N, M, A): the actions from t on. starts: the frames from which at least one whole chunk fits.
+    ends. chunks (N, M, A): the actions from t on. wanted (N,): whether all of them are intended: what a disturbance did is seen
+    as a state to start from, never as something to predict. starts: the frames from which a whole, wanted chunk fits.
     """
 
     def __init__(self, vae: VideoVAE, episodes: Sequence[CutEpisode], stride: int = 1, progress: Progress = no_progress) -> None:
@@ -152,6 +162,7 @@ class LatentBank:
         self.chunks = torch.zeros((total, M, episodes[0].actions.shape[1]))
         self.ends = torch.zeros(total, dtype=torch.int64)
         self.perturbed = torch.zeros(total, dtype=torch.bool)
+        self.wanted = torch.zeros(total, dtype=torch.bool)
         self.tasks = [e.task for e in episodes for _ in e.frames]
         self.prompts = [""] * total
         allowed = torch.zeros(total, dtype=torch.bool)
@@ -159,7 +170,7 @@ class LatentBank:
             self._label(episode, int(offset), allowed)
             self._encode(vae, episode, int(offset))
             progress("latents", number + 1, len(episodes), {})
-        self.starts = allowed.nonzero()[:, 0]
+        self.starts = (allowed & self.wanted).nonzero()[:, 0]
 
     def _label(self, episode: CutEpisode, offset: int, allowed: torch.Tensor) -> None:
         for skill in episode.skills:
@@ -171,6 +182,8 @@ class LatentBank:
         actions = torch.from_numpy(episode.actions)
         if len(actions) >= M:
             self.chunks[offset : offset + len(actions) - M + 1] = actions.unfold(0, M, 1).transpose(1, 2)
+            windows = torch.from_numpy(episode.intended).unfold(0, M, 1)
+            self.wanted[offset : offset + len(windows)] = windows.all(dim=1)
 
     @torch.no_grad()
     def _encode(self, vae: VideoVAE, episode: CutEpisode, offset: int) -> None:
@@ -187,6 +200,7 @@ class LatentBank:
         at = starts[:, None] + M * torch.arange(horizon)
         mask = at + M <= self.ends[starts][:, None]
         safe = at.clamp(max=len(self.still) - 1)
+        mask = (mask & self.wanted[safe]).cumprod(dim=1).bool()  # after a disturbance the clip is another one
         target = self.moving[safe].float() * mask[..., None, None, None]
         chunks = self.chunks[safe] * mask[..., None, None]
         return Batch(self.still[starts].float(), target, mask, chunks, [self.prompts[int(s)] for s in starts])

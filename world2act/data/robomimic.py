@@ -96,6 +96,8 @@ class EpisodeWriter:
             }
         )
         group["actions"] = episode.actions
+        if episode.intended is not None:
+            group["intended"] = episode.intended.astype(np.uint8)
         for name_, image in episode.images.items():
             _put_images(group, name_ + IMAGE_SUFFIX, image)
         for key, values in (("state", episode.states), ("gripper_width", episode.widths)):
@@ -133,6 +135,8 @@ def check_episode(episode: Episode, chunk: int, cameras: Collection[str]) -> Non
             raise ValueError(f"{field}: must be float32 with {ndim} axes and {rows} rows, got {values.dtype} {values.shape}")
         if not np.isfinite(values).all():
             raise ValueError(f"{field}: values must be finite")
+    if episode.intended is not None and episode.intended.shape != (steps,):
+        raise ValueError(f"intended: must be ({steps},), one per action, got {episode.intended.shape}")
     if episode.widths.min() < 0 or episode.widths.max() > MAX_WIDTH:
         raise ValueError(
             f"widths: must lie in [0, {MAX_WIDTH}] metres, got up to {episode.widths.max():g}; is the unit millimetres?"
@@ -284,6 +288,7 @@ def _read_demo(group: h5py.Group, split: str, env_args: dict[str, Any], path: Pa
         widths=_with_final(group, "gripper_width", np.float32, path),
         actions=_array(group, "actions", np.float32, path),
         success=bool(_attr(group, "success", path)),
+        intended=_array(group, "intended", np.uint8, path).astype(np.bool_) if "intended" in group else None,
         meta={"perturbed": str(perturbed).lower(), "env_args": json.dumps(env_args, sort_keys=True)},
     )
     if int(_attr(group, "num_samples", path)) != len(episode.actions):
