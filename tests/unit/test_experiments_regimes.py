@@ -1,0 +1,72 @@
+"""Base-WM and other Stage 1 presets as regimes: which files, which training, which prompts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from experiments import regimes
+from experiments.arena import Arena
+from experiments.regimes import Places, Regime
+from tests.unit.test_arena import SPREAD, Forward
+from tests.unit.test_regimes import episode
+from world2act import worldmodel_training
+from world2act.schedule import EpisodeSpec
+from world2act.splits import Split
+
+PLACES = Places(cache=Path("cache"), zoo=Path("zoo"))
+
+
+def test_variants_of_a_regime_share_what_they_can() -> None:
+    rich, whole, paper = Regime("video-rich", 4), Regime("video-rich", 4, "base"), Regime("video-rich", 4, stage1="paper")
+    assert (whole.name, paper.name) == ("video-rich-4-base-wm", "video-rich-4-paper")
+    assert {PLACES.part(regime, "base") for regime in (rich, whole, paper)} == {Path("cache/cloned-4/base.safetensors")}
+    assert (
+        PLACES.part(whole, "worldmodel")
+        == PLACES.part(Regime(worldmodel="base"), "worldmodel")
+        != PLACES.part(rich, "worldmodel")
+    )
+    assert PLACES.part(paper, "worldmodel") == PLACES.part(rich, "worldmodel")
+    assert len({PLACES.part(regime, "adapters") for regime in (rich, whole, paper)}) == 3
+    assert PLACES.part(Regime(stage1="paper"), "adapters").parent != Path("zoo")
+    assert PLACES.part(Regime("matched", 4, "base"), "worldmodel") != PLACES.part(whole, "worldmodel")
+
+
+def test_base_wm_is_trained_on_whole_episodes_with_the_vae_of_its_skill_wm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[worldmodel_training.Settings] = []
+
+    def train(settings: worldmodel_training.Settings) -> None:
+        trained.append(settings)
+        settings.out.touch()
+
+    monkeypatch.setattr(worldmodel_training, "train_worldmodel", train)
+    places = Places(cache=tmp_path, zoo=tmp_path / "zoo")
+    (tmp_path / "zoo").mkdir()
+    (tmp_path / "zoo" / "worldmodel.safetensors").touch()
+    for regime in (Regime("video-rich", 4, "base"), Regime("matched", 10, "base")):
+        regimes._train_worldmodel(regime, places, ["reach"], places.part(regime, "worldmodel"))
+    rich, skill, matched = trained
+    assert not rich.segmented and rich.vae_from == tmp_path / "zoo" / "worldmodel.safetensors" and rich.split == Split.WORLDMODEL
+    assert skill.segmented and skill.vae_from is None and (skill.split, skill.limit) == (Split.BASE, 10)
+    assert not matched.segmented and matched.vae_from == skill.out and (matched.split, matched.limit) == (Split.BASE, 10)
+
+
+def test_base_wm_is_asked_with_the_instruction() -> None:
+    pick = replace(episode(0, "pick-place"), instruction="pick up the puck and place it at the goal")
+    whole, skills = (list(regimes._cut(Regime(worldmodel=kind), [pick], [0])) for kind in ("base", "skill"))
+    assert [clip.prompt for clip in whole] == [pick.instruction] and len(whole[0].actions) == 2
+    assert skills and all(clip.prompt != pick.instruction for clip in skills)
+    arena = Arena(SPREAD, segmented=False)
+    run = arena.run([EpisodeSpec(0, "drawer-close", 0, 0.0, "a")], Forward())[0]
+    arena.close()
+    assert set(run.trajectory.prompts) == {run.trajectory.instruction}
+
+
+def test_a_shipped_part_that_is_missing_is_named(tmp_path: Path) -> None:
+    places = Places(cache=tmp_path / "cache", zoo=tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"base.safetensors: not there.*make zoo"):
+        regimes.lacking(Regime(), places)
