@@ -72,7 +72,7 @@ def cut(
 
 
 def of_demonstration(model: WorldModel, adapters: Adapters, episode: Episode) -> Transitions:
-    """Every STRIDE frames, wherever a whole chunk follows."""
+    """Every STRIDE frames, wherever a whole chunk follows; disturbed actions too, for they were executed."""
     frames, states, actions = (torch.from_numpy(x) for x in (camera_grid(episode), episode.states, episode.actions))
     return cut(model, adapters, frames, states, actions, range(0, len(actions) - M + 1, STRIDE))
 

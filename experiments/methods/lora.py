@@ -25,6 +25,7 @@ from world2act.models.adapters import Adapters
 from world2act.models.residual import ResidualPolicy
 from world2act.models.tiny_policy import TinyPolicy
 from world2act.models.vae import to_float
+from world2act.optimisation import autocast
 from world2act.presets import Stage2Settings
 from world2act.stage2 import Batch, Learner, Targets
 
@@ -93,7 +94,9 @@ class LoraPolicy(nn.Module):
 
         visual: active rows, float (N, 3, rows, W) in [-1, 1]; states (N, S); base: the frozen base's chunk, normalised.
         """
-        chunk = self.net(visual, states, instructions) * self.net.action_std + self.net.action_mean
+        with autocast("auto" if self.training else "float32"):  # as in the base's own cloning
+            out = self.net(visual.contiguous(memory_format=torch.channels_last), states, instructions)
+        chunk = out.float() * self.net.action_std + self.net.action_mean
         # The base's chunk is clipped when it acts. Clipped in value only: a saturated component must still get a gradient.
         chunk = chunk.detach().clamp(-1.0, 1.0) + (chunk - chunk.detach())
         raw = self.actions.normalise(chunk) - base
