@@ -7,7 +7,7 @@ help:
 	@echo "make demo   the main job, live: segment, imagine, roll out, post-train, evaluate; writes report.html"
 	@echo "make test   every test: lint, types, unit, conformance, integration with the real processes"
 	@echo "make bench  every rate, one table"
-	@echo "make zoo    rebuild every shipped weight from nothing (about two hours on 2 cores)"
+	@echo "make zoo    rebuild every shipped weight from nothing (about 40 minutes on 2 cores)"
 	@echo "make experiments  every experiment at its full size (days on 2 cores; resumable), and docs/results.md"
 	@echo "make proto  regenerate the protobuf code"
 

@@ -28,6 +28,7 @@ MODULES = {
     "stage1": "world2act.stage1",
     "experiment": "experiments",
     "results": "experiments.results",
+    "diagnose": "experiments.diagnose",
 }
 """Commands that run another program of the project with the arguments that follow; each has its own --help."""
 
