@@ -59,10 +59,10 @@ def links(run: Run, model: WorldModel, adapters: Adapters) -> Links:
     frames = torch.from_numpy(run.trajectory.frames)
     imagined = model.imagine(frames, run.trajectory.prompts, 1, [0] * len(frames))
     true = model.encode(torch.cat([frames[:, None], torch.from_numpy(run.expert_frames)], dim=1))
-    decoded = [adapters.decoder(adapters.video(latents[:, 1:]))[:, 0] for latents in (true, imagined)]
+    read, named = (adapters.decoder(adapters.video(latents[:, 1:]))[:, 0] for latents in (true, imagined))
     error, copied = ((x - true[:, 1]).square().mean((1, 2, 3)) for x in (imagined[:, 1], true[:, 0]))
     expert, base = (adapters.actions.normalise(torch.from_numpy(x)) for x in (run.expert, run.trajectory.base))
-    return Links(expert, base, *decoded, error, copied)
+    return Links(expert, base, read, named, error, copied)
 
 
 def row(found: list[Links], adapters: Adapters) -> list[float]:

@@ -1,0 +1,20 @@
+"""The table that says which part loses the gain, on links whose errors are known."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from experiments.diagnose import Links, row
+from world2act.models.adapters import Adapters, AdapterSettings
+from world2act.normalisation import Statistics
+
+
+def test_errors_sizes_and_latents_are_those_of_the_links() -> None:
+    adapters = Adapters(AdapterSettings(), Statistics(torch.zeros(4), torch.full((4,), 0.5)), "w" * 64)
+    expert = torch.zeros(3, 4, 4)
+    expert[..., 0] = 1.0  # half of the action's limit, along x
+    found = [Links(expert, -expert, expert * 0.5, expert, torch.full((3,), 0.2), torch.full((3,), 0.8))] * 2
+    base, true, predicted, size, base_size, predicted_size, latent = row(found, adapters)
+    assert base == pytest.approx(4 / 4) and true == pytest.approx(0.25 / 4) and predicted == 0
+    assert size == base_size == predicted_size == pytest.approx(0.5) and latent == pytest.approx(0.25)
