@@ -187,6 +187,7 @@ def _module(name: str) -> Callable[[], None]:
         "stage1": "Train the adapters (Stage 1). Own options: world2act stage1 --help.",
         "experiment": "Measure: main, methods, worldmodel, objectives, adapters, ... Own options: world2act experiment --help.",
         "results": "Gather what experiments measured into docs/results.md. Own options: world2act results --help.",
+        "diagnose": "Measure imagined targets against the expert. Own options: world2act diagnose --help.",
     }[name]
     return command
 
@@ -204,6 +205,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "stage1": _module("stage1"),
     "experiment": _module("experiment"),
     "results": _module("results"),
+    "diagnose": _module("diagnose"),
     "posttrain": posttrain,
     "evaluate": evaluate,
     "watch": watch,

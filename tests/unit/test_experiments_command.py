@@ -43,9 +43,11 @@ def test_catalogue_is_whole() -> None:
                 assert other.tasks == row.tasks and other.variant.distortion == row.variant.distortion
                 assert other.variant.regime.demonstrations == row.variant.regime.demonstrations
         assert catalogue.problems(rows, list(METHODS)) == []
-    assert {"experiment": "experiments", "results": "experiments.results"}.items() <= MODULES.items() and set(MODULES) <= set(
-        COMMANDS
-    )
+    assert {
+        "experiment": "experiments",
+        "results": "experiments.results",
+        "diagnose": "experiments.diagnose",
+    }.items() <= MODULES.items() and set(MODULES) <= set(COMMANDS)
 
 
 def test_experiments_share_their_base_and_ours() -> None:
