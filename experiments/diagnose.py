@@ -84,7 +84,7 @@ def main() -> None:
     adapters.check_worldmodel(model.hash)
     arena = Arena(adapters.actions.std.numpy())
     table = Table(title="Targets against the expert at states that the base visits")
-    for column in ("task", "base", "true", "predicted", "|expert|", "|base|", "|predicted|", "latent"):
+    for column in ("task", "base", "true", "pred", "|expert|", "|base|", "|pred|", "latent"):
         table.add_column(column, justify="left" if column == "task" else "right")
     everything = []
     for task in (task.name for task in arena.spec.tasks):
