@@ -36,8 +36,8 @@ class Policy(Protocol):
 
 @dataclass(frozen=True)
 class Run:
-    """One executed episode. frames: uint8 (1 + M n, H, W, 3), every frame, if asked. expert: (n, M, A), the expert's chunk at
-    each visited state, and expert_frames uint8 (n, M, H, W, 3) what it would have looked like, if asked (oracles only)."""
+    """One executed episode. If asked: frames uint8 (1 + M n, H, W, 3), every frame, undistorted; expert (n, M, A), the expert's
+    chunk at each visited state, and expert_frames uint8 (n, M, H, W, 3), what it would have looked like (oracles only)."""
 
     trajectory: Trajectory
     success: bool
@@ -147,11 +147,11 @@ class Arena:
         first: Observation = self.environment(spec.task).reset(spec.task, scene_seed(split, spec.index))
         skill = OnlineSkill(self._planner.plan(task.instruction, task.name))
         prompt = skill.update(float(first.state[self.spec.gripper_width_index])) if self.segmented else task.instruction
-        image = self._seen(stitch(first.images, self.cells), spec, 0)
+        grid = stitch(first.images, self.cells)
         offsets = schedule.perturbation(spec, task.max_chunks, self.spread)
-        lane = _Lane(place, spec, skill, prompt, image, first.state, offsets)
+        lane = _Lane(place, spec, skill, prompt, self._seen(grid, spec, 0), first.state, offsets)
         if film:
-            lane.film.append(image)
+            lane.film.append(grid)  # undistorted, as every later frame of it
         return lane
 
     def _seen(self, image: ImageArray, spec: EpisodeSpec, chunk: int) -> ImageArray:

@@ -10,7 +10,6 @@ Variants of any of them: Base-WM instead of Skill-WM (METHOD section 2), and Sta
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -234,8 +233,3 @@ def _train_worldmodel(regime: Regime, places: Places, tasks: Sequence[str], out:
             _train_worldmodel(replace(regime, worldmodel="skill"), places, tasks, skill)
         settings = replace(settings, segmented=False, vae_from=skill)
     worldmodel_training.train_worldmodel(settings)
-
-
-def describe(regime: Regime, places: Places) -> str:
-    """For a log: the parts and where they come from."""
-    return json.dumps({name: str(places.part(regime, name)) for name in ("base", "worldmodel", "adapters")})

@@ -35,12 +35,14 @@ class EpisodeSpec:
 def plan(settings: Stage2Settings, tasks: Sequence[str], seed: int) -> list[EpisodeSpec]:
     """Every episode of every round, in order: round 0 base and perturbed, then on-policy rounds. No scene occurs twice."""
     rounds = settings.plan
-    kinds = [[0.0] * rounds.base + [rounds.perturbed_noise] * rounds.perturbed]
-    kinds += [[rounds.on_policy_noise] * rounds.on_policy] * rounds.rounds
+    # Counted before any list is made; a round without episodes counts too.
+    episodes = rounds.base + rounds.perturbed + rounds.rounds * max(1, rounds.on_policy)
     if not tasks or len(set(tasks)) != len(tasks):
         raise ValueError(f"tasks: need at least one, each once, got {list(tasks)}")
-    if not 0 <= seed < splits.INDICES_PER_SPLIT // INDICES_PER_SEED or sum(map(len, kinds)) > INDICES_PER_SEED:
+    if not 0 <= seed < splits.INDICES_PER_SPLIT // INDICES_PER_SEED or episodes > INDICES_PER_SEED:
         raise ValueError(f"seed: {seed} is outside [0, 100), or the plan has over {INDICES_PER_SEED} episodes a task")
+    kinds = [[0.0] * rounds.base + [rounds.perturbed_noise] * rounds.perturbed]
+    kinds += [[rounds.on_policy_noise] * rounds.on_policy] * rounds.rounds
     specs = []
     for task in sorted(tasks):
         number = itertools.count(seed * INDICES_PER_SEED)

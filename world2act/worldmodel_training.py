@@ -74,10 +74,9 @@ class TransformerSettings:
 @dataclass(frozen=True)
 class Settings:
     """demos: folder of <split>/<task>.hdf5; out: weights file to write, with a card <name>.md beside it; vae_from: reuse the
-    VAE of this world model; split: of the
-    demonstrations; segmented: false trains on whole episodes with their instruction (Base-WM instead of Skill-WM);
-    limit: episodes per task; threads: CPU threads; probe_steps: training of the probe that measures how well latents carry
-    actions."""
+    VAE of this world model; split: of the demonstrations; segmented: false trains on whole episodes with their instruction
+    (Base-WM instead of Skill-WM); limit: episodes per task; threads: CPU threads; probe_steps: training of the probe that
+    measures how well latents carry actions."""
 
     demos: Path
     out: Path

@@ -3,10 +3,10 @@
 A plain episode follows the expert; one that fails is dropped and counted. A perturbed episode adds random xyz offsets, each
 held for one to three chunks, to half of the expert's chunks on average, so that states off the expert's path, and the way
 back, are seen too; the action recorded is the action executed, marked as not intended where an offset was added, and the
-episode is kept whether or not it succeeds. An
-episode ends AFTER_SUCCESS chunks after success, in whole chunks, or at the task's limit: what a solved task looks like is
-seen too, since policies go on there. Scene i is the same scene for ever (world2act.splits), and scene i is perturbed or plain
-whatever --episodes is, so a longer collection extends a shorter one (--resume).
+episode is kept whether or not it succeeds. An episode ends AFTER_SUCCESS chunks after success, in whole chunks, or at the
+task's limit: what a solved task looks like is seen too, since policies go on there. Scene i is the same scene for ever
+(world2act.splits), and scene i is perturbed or plain whatever --episodes is, so a longer collection extends a shorter one
+(--resume).
 """
 
 from __future__ import annotations

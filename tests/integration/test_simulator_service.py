@@ -204,6 +204,7 @@ def test_an_idle_death_is_repaired_unasked(service: Service) -> None:
     victim.kill()
     wait_for(lambda: len(service.environments()) == 2 and victim not in service.environments(), 60, "restart")
     held = [service.reset(index=i).env_id for i in range(2)]
+    assert len(set(held)) == 2, "both environments serve again"
     service.step(*held)
     service.close(*held)
 

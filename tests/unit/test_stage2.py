@@ -339,3 +339,10 @@ def test_the_penalty_shrinks_the_residual_and_cosine_alone_raises_the_cosine(ada
     assert held["residual_norm"] < 0.5 * free["residual_norm"]
     first, last = end_of(decode_weight=0.0, cosine_weight=1.0)
     assert last["positive_cosine"] > first["positive_cosine"] + 0.02
+
+
+@pytest.mark.parametrize("on_policy", [0, 1])
+def test_a_plan_too_large_is_refused_before_it_is_made(on_policy):
+    endless = replace(SETTINGS, plan=replace(SETTINGS.plan, rounds=10**12, on_policy=on_policy))
+    with pytest.raises(ValueError, match="over 10000 episodes a task"):
+        schedule.plan(endless, ["reach"], 0)
