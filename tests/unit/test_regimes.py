@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from experiments import regimes
+from experiments.methods import dreamgen
 from experiments.regimes import Places, Regime
 from services.simulator.collect import env_args
 from services.simulator.envs.metaworld import SPEC
@@ -88,3 +89,19 @@ def test_actions_named_from_video_replace_the_labels() -> None:
     error = (blind.actions - hidden.actions)[hidden.mask].square().mean()
     assert blind.actions.shape == hidden.actions.shape
     assert error < 0.5 * hidden.actions[hidden.mask].var(), "the video says what was done"
+
+
+def test_dreams_move_proprioception_as_the_labels_do_and_last_as_long() -> None:
+    rng = np.random.default_rng(0)
+    moved = []
+    for index in range(4):
+        actions = rng.uniform(-1, 1, (20, 4)).astype(np.float32)
+        steps = 0.01 * np.cumsum(np.concatenate([np.zeros((1, 4), np.float32), actions]), axis=0)
+        states = (steps + np.array([0.0, 0.6, 0.2, 0.05])).astype(np.float32)
+        moved.append(replace(episode(index, actions=20), actions=actions, states=states))
+    motion = dreamgen.fit_motion(moved)
+    chunk, state = torch.full((4, 4), 0.5), torch.tensor([0.1, 0.6, 0.2, 0.05])
+    change = torch.cat([chunk.flatten(), state, torch.ones(1)]) @ motion
+    assert torch.allclose(change, torch.full((4,), 4 * 0.5 * 0.01), atol=1e-4)
+    assert dreamgen.skill_lengths(moved, 16) == {"reach": [("reach the green goal", 5)]}
+    assert dreamgen.skill_lengths(moved, 3) == {"reach": [("reach the green goal", 3)]}, "no longer than the world model can"
