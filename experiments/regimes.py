@@ -10,6 +10,7 @@ Variants of any of them: Base-WM instead of Skill-WM (METHOD section 2), and Sta
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -163,16 +164,19 @@ def _hash(path: Path) -> str:
 
 
 def play(arena: Arena, base: TinyPolicy, tasks: Sequence[str], count: int) -> Iterator[Clip]:
-    """Clips of the base's own noisy rollouts with the actions that were executed: no expert, no success, no reward."""
+    """Clips of the base's own noisy rollouts with the actions that were executed: no expert, no success, no reward.
+
+    Nothing in them is intended: they show what actions do, not what a task needs.
+    """
     first = PLAY_SEED * INDICES_PER_SEED
     for index in range(first, first + count):
         specs = [EpisodeSpec(0, task, index, PLAY_NOISE, f"{index:x}{number:x}") for number, task in enumerate(tasks)]
         for run in arena.run(specs, Frozen(base), film=True):
             assert run.frames is not None
             episode = run.trajectory
-            n = len(episode.executed)
+            nothing = np.zeros(len(episode.executed), np.bool_)
             prompt = episode.prompts[0]  # E_v never reads it
-            yield Clip(episode.task, prompt, run.frames, episode.executed, np.ones(n, np.bool_), episode.split, episode.index)
+            yield Clip(episode.task, prompt, run.frames, episode.executed, nothing, episode.split, episode.index)
 
 
 def _cut(regime: Regime, episodes: Iterable[Episode], phases: Sequence[int]) -> Iterator[Clip]:
@@ -183,20 +187,20 @@ def _cut(regime: Regime, episodes: Iterable[Episode], phases: Sequence[int]) -> 
 
 
 def _video_rich_adapters(regime: Regime, places: Places, tasks: Sequence[str]) -> Adapters:
-    """Name the actions of the video from few labels and own rollouts, then Stage 1 on the named video."""
+    """Name the actions of the video from few labels and own rollouts, then Stage 1 on all of it."""
     naming, settings, seed = STAGE1["default"], STAGE1[regime.stage1], 0
     model = WorldModel.load(places.part(regime, "worldmodel"))
     base = TinyPolicy.load(places.part(regime, "base"))
-    known = list(_cut(regime, few(places, tasks, regime.demonstrations), range(M)))
+    known = list(_cut(regime, few(places, tasks, regime.demonstrations), _phases(settings)))
     arena = Arena(base.action_std.numpy(), segmented=regime.worldmodel == "skill")
     own = list(play(arena, base, tasks, PLAY_EPISODES))
     arena.close()
-    labelled = stage1.build_data(model, known + own, naming.horizon, seed)
-    inverse, _ = stage1.train(labelled, inverse_settings(naming), seed)
     episodes = robomimic.read_root(places.demos, allowed=[Split.WORLDMODEL], tasks=tasks)
     video = _cut(regime, episodes, _phases(settings))
-    named = stage1.name_actions(inverse, stage1.build_data(model, video, settings.horizon, seed))
-    adapters, _ = stage1.train(named, settings, seed)
+    data = stage1.build_data(model, itertools.chain(known, own, video), settings.horizon, seed)
+    labelled = slice(len(known) + len(own))
+    inverse, _ = stage1.train(data.rows(labelled), inverse_settings(naming), seed)
+    adapters, _ = stage1.train(stage1.name_actions(inverse, data, keep=labelled), settings, seed)
     return adapters
 
 

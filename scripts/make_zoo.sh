@@ -16,7 +16,7 @@ part() { # part NAME COMMAND...
 }
 collect() { "$python" -m services.simulator.collect --out "$demos" --split "$1" --episodes "$2" --perturbed-share "$3" --workers 2 --resume; }
 part "demonstrations of the base" collect base "${BASE_EPISODES:-10}" 0
-part "demonstrations of world model and Stage 1" collect worldmodel "${WORLDMODEL_EPISODES:-160}" 0.5
+part "demonstrations of world model and Stage 1" collect worldmodel "${WORLDMODEL_EPISODES:-300}" 0.5
 part "held-out demonstrations" collect validation "${VALIDATION_EPISODES:-20}" 0.5
 # The base and the world model do not depend on each other.
 base() { "$python" -m world2act.behaviour_cloning --demos "$demos" --out "$out/base.safetensors" ${BASE_FLAGS:-} > "$demos/base.log" 2>&1; }

@@ -83,7 +83,7 @@ class Stage1Settings:
     hard_ratio: float = 0.25
     window: int = 14
     random_start: float = 0.5
-    predicted_share: float = 0.75
+    predicted_share: float = 0.5
     horizon: int = 1
     phases: int = 2
     latent_noise: float = 0.3

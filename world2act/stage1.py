@@ -52,13 +52,15 @@ class Stage1Data:
     """Cached clips, padded to one length K = 1 + chunks.
 
     true, predicted: float16 (N, K, C, h, w) latents of the encoded video and of the world model; actions: (N, K-1, M, A) in the
-    simulator's units; mask: bool (N, K-1), False where padded; tasks, skills: int (N,), equal for clips of one task, prompt.
+    simulator's units; mask: bool (N, K-1), False where padded; intended: bool (N, K-1), inside mask, False where a disturbance
+    acted, which true latents show and predicted ones do not; tasks, skills: int (N,), equal for clips of one task, prompt.
     """
 
     true: Tensor
     predicted: Tensor
     actions: Tensor
     mask: Tensor
+    intended: Tensor
     tasks: Tensor
     skills: Tensor
     task_names: tuple[str, ...]
@@ -67,11 +69,17 @@ class Stage1Data:
     def __len__(self) -> int:
         return len(self.true)
 
-    def pairs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Aligned views with one row per pair: true (N, K-1, C, h, w), predicted, actions (N, K-1, M, A), mask (N, K-1)."""
+    def rows(self, which: slice) -> Stage1Data:
+        """Some of the clips."""
+        per_clip = ("true", "predicted", "actions", "mask", "intended", "tasks", "skills")
+        return replace(self, **{name: getattr(self, name)[which] for name in per_clip})
+
+    def pairs(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Views aligned by pair: true, predicted (N, K-1, C, h, w), actions (N, K-1, M, A), mask, intended (N, K-1)."""
         latents = list(range(1, self.true.shape[1]))
         chunks = [chunk_of_latent(k) for k in latents]
-        return self.true[:, latents], self.predicted[:, latents], self.actions[:, chunks], self.mask[:, chunks]
+        labels = (self.actions, self.mask, self.intended)
+        return self.true[:, latents], self.predicted[:, latents], *(x[:, chunks] for x in labels)  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -135,7 +143,8 @@ def _assemble(worldmodel_hash: str, clips: list[Clip], true: list[Tensor], predi
         true=padded(true).half(),
         predicted=padded(predicted).half(),
         actions=padded([torch.from_numpy(c.actions) for c in clips]),
-        mask=padded([torch.from_numpy(c.mask) for c in clips]),
+        mask=padded([torch.ones(len(c.actions), dtype=torch.bool) for c in clips]),
+        intended=padded([torch.from_numpy(c.intended) for c in clips]),
         tasks=torch.tensor([tasks.index(c.task) for c in clips]),
         skills=torch.tensor([prompts.index(c.prompt) for c in clips]),
         task_names=tuple(tasks),
@@ -144,11 +153,13 @@ def _assemble(worldmodel_hash: str, clips: list[Clip], true: list[Tensor], predi
 
 
 @torch.no_grad()
-def name_actions(adapters: Adapters, data: Stage1Data) -> Stage1Data:
-    """`data` with D_a(E_v(true latents)) in place of its actions: pseudo-actions for video that nobody labelled."""
-    true, _, _, _ = data.pairs()
+def name_actions(adapters: Adapters, data: Stage1Data, keep: slice = slice(0)) -> Stage1Data:
+    """`data` with D_a(E_v(true latents)) in place of its actions, but for the clips in `keep`: pseudo-actions for video."""
+    true = data.pairs()[0]
     chunks = torch.cat([adapters.decoder(adapters.video(part.float())) for part in torch.split(true, 64)])
-    return replace(data, actions=adapters.actions.denormalise(chunks))
+    actions = adapters.actions.denormalise(chunks)
+    actions[keep] = data.actions[keep]
+    return replace(data, actions=actions)
 
 
 # --- batches --------------------------------------------------------------------------------------------------------------
@@ -174,20 +185,22 @@ def _choose(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
 def draw_batch(data: Stage1Data, actions: Statistics, settings: Stage1Settings, generator: torch.Generator) -> Batch:
     """Clips, then one window per clip (same indices for latents and actions), then true or predicted latents per clip."""
     rows = draw_clips(data.skills, settings.batch, settings.hard_ratio, generator)
-    true, predicted, chunks, mask = data.pairs()
-    lengths = (mask[rows] * torch.arange(1, mask.shape[1] + 1)).amax(1)
+    true, predicted, chunks, mask, intended = data.pairs()
+    lengths = mask[rows].sum(1)
     window = min(settings.window, int(lengths.max()))
     random = torch.rand(2, len(rows), generator=generator)
     latest = (lengths - window).clamp_min(0)
     start = torch.where(random[0] < settings.random_start, (torch.rand(len(rows), generator=generator) * (latest + 1)).long(), 0)
     index = start[:, None] + torch.arange(window)
-    from_model = torch.rand(len(rows), generator=generator) < settings.predicted_share
+    # What nobody intended, no model predicts: a clip without an intended chunk shows its true latents.
+    from_model = (torch.rand(len(rows), generator=generator) < settings.predicted_share) & intended[rows].any(1)
     picked = torch.where(
         from_model[:, None, None, None, None], predicted[rows[:, None], index], true[rows[:, None], index]
     ).float()
     if settings.latent_noise:
         picked = picked + settings.latent_noise * torch.randn(picked.shape, generator=generator)
-    return Batch(picked, actions.normalise(chunks[rows[:, None], index]), mask[rows[:, None], index])
+    valid = torch.where(from_model[:, None], intended[rows[:, None], index], mask[rows[:, None], index])
+    return Batch(picked, actions.normalise(chunks[rows[:, None], index]), valid)
 
 
 # --- training -------------------------------------------------------------------------------------------------------------
@@ -245,11 +258,11 @@ def evaluate(adapters: Adapters, data: Stage1Data, seed: int = 0) -> dict[str, f
     retrieval: how often a clip's own action sequence is the most similar of 16 (chance 1/16); retrieval_same_task: the other 15
     from the same task; cosine of true pairs; r2 of D_a(E_v), over all and the mean of each task's own.
     """
-    true, predicted, chunks, mask = data.pairs()
+    true, predicted, chunks, executed, intended = data.pairs()
     actions = adapters.actions.normalise(chunks)
     e_a = adapters.action(actions)
-    out = {"retrieval_chance": 1 / RETRIEVAL, "r2_action": objectives.r2(adapters.decoder(e_a), actions, mask)}
-    for name, latents in (("true", true), ("predicted", predicted)):
+    out = {"retrieval_chance": 1 / RETRIEVAL, "r2_action": objectives.r2(adapters.decoder(e_a), actions, executed)}
+    for name, latents, mask in (("true", true, executed), ("predicted", predicted, intended)):
         e_v = torch.cat([adapters.video(part.float()) for part in torch.split(latents, 64)])
         scores = objectives.similarity(e_v, e_a, mask, mask)
         decoded = adapters.decoder(e_v)
@@ -360,7 +373,7 @@ def card_text(card: dict[str, Any], digest: str, worldmodel: str) -> str:
         f"- seconds on {card['threads']} thread(s): {card['seconds']}",
         "",
         "Held out; `true`: encoded video, `predicted`: imagined one chunk ahead from real frames. Half of the episodes are",
-        "disturbed; disturbed chunks train and count nowhere, but the states after them do.",
+        "disturbed: disturbed chunks count with their true latents, which show them, and not with predicted ones.",
         "",
         "| metric | value |",
         "|---|---|",

@@ -68,15 +68,15 @@ class Skill:
 class Clip:
     """A skill cut out of an episode, in whole chunks.
 
-    frames: uint8 (1 + M*n, H, W, 3) camera grid; actions: float32 (n, M, A); mask: bool (n,), False where padded or not
-    intended (see Episode).
+    frames: uint8 (1 + M*n, H, W, 3) camera grid; actions: float32 (n, M, A); intended: bool (n,), False where a disturbance
+    acted: the frames show it, but no model can foresee it.
     """
 
     task: str
     prompt: str
     frames: ImageArray
     actions: FloatArray
-    mask: BoolArray
+    intended: BoolArray
     split: str
     index: int
 

@@ -1,12 +1,12 @@
 """Record demonstrations with a simulator's scripted experts: `python -m services.simulator.collect --out DIR --split worldmodel`.
 
 A plain episode follows the expert; one that fails is dropped and counted. A perturbed episode adds random xyz offsets, each
-held for one to three chunks, to half of the expert's chunks on average, so that states off the expert's path, and the way
-back, are seen too; the action recorded is the action executed, marked as not intended where an offset was added, and the
-episode is kept whether or not it succeeds. An episode ends AFTER_SUCCESS chunks after success, in whole chunks, or at the
-task's limit: what a solved task looks like is seen too, since policies go on there. Scene i is the same scene for ever
-(world2act.splits), and scene i is perturbed or plain whatever --episodes is, so a longer collection extends a shorter one
-(--resume).
+held for one to three chunks, to half of the expert's chunks on average, and in half of those forces the gripper open or
+closed: states off the expert's path, dropped and missed objects, and the way back are seen too. The action recorded is the
+action executed, marked as not intended where an offset was added, and the episode is kept whether or not it succeeds. An
+episode ends AFTER_SUCCESS chunks after success, in whole chunks, or at the task's limit: what a solved task looks like is
+seen too, since policies go on there. Scene i is the same scene for ever (world2act.splits), and scene i is perturbed or
+plain whatever --episodes is, so a longer collection extends a shorter one (--resume).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class CollectSettings:
     perturbed_share: float = 0.0
     """Share of scenes whose expert is perturbed, 0 to 1."""
     noise: float = 0.6
-    """Standard deviation of a perturbed span's xyz offset, in action units."""
+    """Standard deviation of a perturbed span's xyz offset, in action units; of every other one on average, twice that."""
     workers: int = 2
     """Processes."""
     simulator: str = "metaworld"
@@ -93,10 +93,11 @@ def is_perturbed(index: int, share: float) -> bool:
 
 
 def record(env: base.Environment, task: str, split: Split, index: int, noise: float) -> Episode:
-    """One episode of the expert in scene (split, index). noise > 0 perturbs: N(0, noise^2) xyz offsets."""
+    """One episode of the expert in scene (split, index). noise > 0 perturbs: xyz offsets of that spread or twice it."""
     spec = env.spec
     seed = scene_seed(split, index)
     rng = np.random.default_rng([seed, *task.encode()])  # the seed alone would give all tasks the same offsets
+    gripper = [axis.name == "gripper" for axis in spec.action]
     observation = env.reset(task, seed)
     images = {name: [image] for name, image in observation.images.items()}
     states, actions = [observation.state], []
@@ -106,7 +107,8 @@ def record(env: base.Environment, task: str, split: Split, index: int, noise: fl
         if left == 0:
             left, offset = int(rng.integers(1, LONGEST_SPAN + 1)), np.zeros(len(spec.action), np.float32)
             if noise > 0 and rng.random() < OFFSET_CHANCE:
-                offset[:3] = rng.normal(0.0, noise, 3)
+                offset[:3] = rng.normal(0.0, noise * rng.integers(1, 3), 3)
+                offset[gripper] = rng.choice((-2.0, 0.0, 0.0, 2.0))
         left -= 1
         for _ in range(spec.chunk):
             action = np.clip(env.expert_action() + offset, -1.0, 1.0).astype(np.float32)

@@ -75,7 +75,7 @@ def test_what_a_disturbance_did_is_a_start_and_never_a_target() -> None:
     assert batch.mask.tolist() == [[True, True, False], [True, False, False], [True, True, False]]
     marked = replace(episode(), intended=np.arange(12) >= 4)
     (clip,) = cut_clips(marked, Segmentation((Skill("a", 0, 12),), None, (), ()))
-    assert clip.mask.tolist() == [False, True, True]
+    assert clip.intended.tolist() == [False, True, True]
 
 
 def test_an_empty_bank_is_refused() -> None:
@@ -97,7 +97,7 @@ def test_cut_clips_takes_frames_and_actions_by_the_same_indices() -> None:
     assert first.frames.shape == (5, 128, 128, 3) and second.frames.shape == (9, 128, 128, 3)
     assert second.frames[:, 0, 0, 0].tolist() == list(range(4, 13)) and second.frames[0, 0, 64, 0] == 20
     assert second.actions.reshape(8, 4).tolist() == e.actions[4:12].tolist()
-    assert (second.prompt, second.split, second.index, second.mask.tolist()) == ("b", "worldmodel", 3, [True, True])
+    assert (second.prompt, second.split, second.index, second.intended.tolist()) == ("b", "worldmodel", 3, [True, True])
     assert cut_clips(replace(e, actions=e.actions[:3]), Segmentation((), "too short", (), ())) == []
 
 
@@ -110,7 +110,7 @@ def test_a_missed_grasp_is_cut_as_the_policy_would_have_lived_it() -> None:
     assert segment_episode(e).discarded is not None
     found = [(s.prompt.split()[0], s.start, s.end) for s in lived_skills(e)]
     assert found == [("pick", 0, 12), ("place", 12, 16), ("pick", 16, 28)]
-    assert [len(clip.mask) for clip in cut_clips(e)] == [3, 1, 3]
+    assert [len(clip.intended) for clip in cut_clips(e)] == [3, 1, 3]
 
 
 def test_read_cut_refuses_other_splits_and_counts_discards(monkeypatch: pytest.MonkeyPatch) -> None:

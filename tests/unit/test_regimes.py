@@ -89,6 +89,9 @@ def test_actions_named_from_video_replace_the_labels() -> None:
     error = (blind.actions - hidden.actions)[hidden.mask].square().mean()
     assert blind.actions.shape == hidden.actions.shape
     assert error < 0.5 * hidden.actions[hidden.mask].var(), "the video says what was done"
+    partly = stage1.name_actions(inverse, hidden, keep=slice(5))
+    assert torch.equal(partly.actions[:5], hidden.actions[:5]) and torch.equal(partly.actions[5:], blind.actions[5:])
+    assert torch.equal(partly.rows(slice(5)).actions, hidden.actions[:5]) and len(partly.rows(slice(5))) == 5
 
 
 def test_dreams_move_proprioception_as_the_labels_do_and_last_as_long() -> None:

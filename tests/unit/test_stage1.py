@@ -29,7 +29,23 @@ def known_world(seed: int = 0, clips: int = 60, chunks: int = 6) -> stage1.Stage
     latents = painted(actions)
     mask = torch.arange(chunks) < torch.randint(3, chunks + 1, (clips, 1), generator=generator)
     skills = torch.arange(clips) % 3
-    return stage1.Stage1Data(latents, latents, actions, mask, torch.arange(clips) % 2, skills, ("a", "b"), "w" * 64)
+    return stage1.Stage1Data(latents, latents, actions, mask, mask, torch.arange(clips) % 2, skills, ("a", "b"), "w" * 64)
+
+
+def test_what_nobody_intended_is_read_from_true_latents_only():
+    whole = known_world(clips=40)
+    wanted = whole.mask & (torch.arange(6) % 2 == 0) & (torch.arange(40) >= 4)[:, None]  # clips 0 to 3: nothing was intended
+    data = replace(whole, intended=wanted, predicted=-whole.true)
+    choices = replace(QUICK, predicted_share=1.0, latent_noise=0.0, random_start=0.0)
+    statistics = Statistics.fit(data.actions, data.mask)
+    seen = set()
+    for seed in range(20):
+        batch = stage1.draw_batch(data, statistics, choices, torch.Generator().manual_seed(seed))
+        true = torch.isclose(statistics.denormalise(batch.actions)[:, 0, 0, 0], batch.latents[:, 0, 0, 0, 0], atol=1e-3)
+        assert batch.mask[true, :3].all(), "every clip has three chunks at least"
+        assert batch.mask[~true, 0].all() and not batch.mask[~true, 1::2].any()
+        seen |= set(true.tolist())
+    assert seen == {True, False}
 
 
 def test_learns_the_known_world_and_fails_when_alignment_shifts_by_one(monkeypatch):

@@ -68,8 +68,8 @@ def _clip(episode: Episode, grid: ImageArray, skill: Skill) -> Clip:
     stop = skill.start + M * chunks
     actions = episode.actions[skill.start : stop].reshape(chunks, M, -1)
     frames = grid[skill.start : stop + 1]
-    mask = intended(episode)[skill.start : stop].reshape(chunks, M).all(axis=1)
-    return Clip(episode.task, skill.prompt, frames, actions, mask, episode.split, episode.index)
+    wanted = intended(episode)[skill.start : stop].reshape(chunks, M).all(axis=1)
+    return Clip(episode.task, skill.prompt, frames, actions, wanted, episode.split, episode.index)
 
 
 @dataclass(frozen=True)
