@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -23,6 +23,10 @@ Distortion = Callable[[ImageArray, int], ImageArray]
 """Camera grid uint8 (H, W, 3) and a seed that names the episode and chunk -> what the policy and the world model see instead."""
 
 
+Expert = Literal["action", "video"]
+"""What the expert is asked at every visited state: its next chunk, or what that looks like too (slower)."""
+
+
 class Policy(Protocol):
     """What acts. prompts: the active skill of each row, for policies that imagine."""
 
@@ -37,7 +41,7 @@ class Policy(Protocol):
 @dataclass(frozen=True)
 class Run:
     """One executed episode. If asked: frames uint8 (1 + M n, H, W, 3), every frame, undistorted; expert (n, M, A), the expert's
-    chunk at each visited state, and expert_frames uint8 (n, M, H, W, 3), what it would have looked like (oracles only)."""
+    chunk at each visited state; expert_frames uint8 (n, M, H, W, 3), what it would have looked like (oracles only)."""
 
     trajectory: Trajectory
     success: bool
@@ -117,7 +121,7 @@ class Arena:
         *,
         stop_at_success: bool = False,
         film: bool = False,
-        expert: bool = False,
+        expert: Expert | None = None,
     ) -> list[Run]:
         """Run every episode of `specs`, in the order given. film: keep every frame; expert: ask the expert at every chunk."""
         waiting: dict[str, list[int]] = {}
@@ -130,11 +134,11 @@ class Arena:
             base, combined = self._act(policy, running)
             for lane, base_chunk, chunk in zip(running, base, combined, strict=True):
                 if expert:
-                    self._ask_expert(lane)
+                    self._ask_expert(lane, expert)
                 result = self._step(lane, base_chunk, chunk, film)
                 if result.done or (stop_at_success and lane.success):
                     task = lane.spec.task
-                    done[lane.place] = self._finish(lane, policy.version, split, film, expert)
+                    done[lane.place] = self._finish(lane, policy.version, split)
                     if waiting[task]:
                         lanes[task] = self._start(waiting[task].pop(0), specs, split, film)
                     else:
@@ -164,10 +168,12 @@ class Arena:
         base, combined = policy.act(frames, states, instructions, [lane.prompt for lane in lanes])
         return base.numpy(), combined.numpy()
 
-    def _ask_expert(self, lane: _Lane) -> None:
-        chunk, images = self.environment(lane.spec.task).expert_preview()
+    def _ask_expert(self, lane: _Lane, expert: Expert) -> None:
+        chunk, images = self.environment(lane.spec.task).expert_preview(frames=expert == "video")
         lane.expert.append(chunk)
-        lane.expert_film.append(np.stack([stitch({n: v[i] for n, v in images.items()}, self.cells) for i in range(len(chunk))]))
+        if expert == "video":
+            shown = [stitch({name: found[i] for name, found in images.items()}, self.cells) for i in range(len(chunk))]
+            lane.expert_film.append(np.stack(shown))
 
     def _step(self, lane: _Lane, base: FloatArray, combined: FloatArray, film: bool) -> StepResult:
         chunk = len(lane.frames)
@@ -188,7 +194,7 @@ class Arena:
             lane.prompt = lane.skill.update(result.states[:, self.spec.gripper_width_index])
         return result
 
-    def _finish(self, lane: _Lane, version: int, split: Split, film: bool, expert: bool) -> Run:
+    def _finish(self, lane: _Lane, version: int, split: Split) -> Run:
         trajectory = Trajectory(
             task=lane.spec.task,
             split=split.value,
@@ -202,7 +208,6 @@ class Arena:
             instruction=self.spec.task(lane.spec.task).instruction,
             key=lane.spec.key,
         )
-        run = Run(trajectory, lane.success, np.stack(lane.film) if film else None)
-        if expert:
-            run = replace(run, expert=np.stack(lane.expert), expert_frames=np.stack(lane.expert_film))
-        return run
+        expert = np.stack(lane.expert) if lane.expert else None
+        seen = np.stack(lane.expert_film) if lane.expert_film else None
+        return Run(trajectory, lane.success, np.stack(lane.film) if lane.film else None, expert, seen)

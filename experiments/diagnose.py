@@ -54,7 +54,7 @@ class Links:
 
 @torch.no_grad()
 def links(run: Run, model: WorldModel, adapters: Adapters) -> Links:
-    """Every link of the chain at the states of one run (with expert=True)."""
+    """Every link of the chain at the states of one run (with expert="video")."""
     assert run.expert is not None and run.expert_frames is not None
     frames = torch.from_numpy(run.trajectory.frames)
     imagined = model.imagine(frames, run.trajectory.prompts, 1, [0] * len(frames))
@@ -89,7 +89,7 @@ def main() -> None:
     everything = []
     for task in (task.name for task in arena.spec.tasks):
         specs = [EpisodeSpec(0, task, index, 0.0, f"{index:x}") for index in range(arguments.episodes)]
-        found = [links(run, model, adapters) for run in arena.run(specs, Frozen(base), Split.TUNING, expert=True)]
+        found = [links(run, model, adapters) for run in arena.run(specs, Frozen(base), Split.TUNING, expert="video")]
         everything += found
         table.add_row(task, *(f"{value:.2f}" for value in row(found, adapters)))
     table.add_section()

@@ -25,7 +25,7 @@ def action(parts: Parts) -> Policy:
         embeddings = parts.adapters.action(chunks[None])[0]
         return Targets(embeddings, torch.ones(len(chunks), dtype=torch.bool), chunks=chunks)
 
-    return post_train(parts, target, expert=True)
+    return post_train(parts, target, expert="action")
 
 
 def video(parts: Parts) -> Policy:
@@ -39,4 +39,4 @@ def video(parts: Parts) -> Policy:
         embeddings = parts.adapters.video(latents[:, 1:])[:, 0]
         return Targets(embeddings, torch.ones(len(frames), dtype=torch.bool), latents[:, 0])
 
-    return post_train(parts, target, expert=True)
+    return post_train(parts, target, expert="video")

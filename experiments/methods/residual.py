@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from experiments.arena import Policy, Run
+from experiments.arena import Expert, Policy, Run
 from experiments.methods.base import Frozen, Parts, WithResidual
 from world2act import schedule, stage2
 from world2act.stage2 import Learner, Stage2Dataset, Targets
@@ -15,7 +15,7 @@ def post_train(
     parts: Parts,
     target: Callable[[Run], Targets],
     *,
-    expert: bool = False,
+    expert: Expert | None = None,
     learner: Learner | None = None,
     policy_of: Callable[[Learner], Policy] | None = None,
 ) -> Policy:

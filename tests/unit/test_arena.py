@@ -63,7 +63,7 @@ def test_runs_come_back_in_the_order_of_the_specs(plain: list[Run]) -> None:
 
 
 def test_asking_the_expert_leaves_the_episode_as_it_was(arena: Arena, plain: list[Run]) -> None:
-    for asked, run in zip(arena.run(specs(), Forward(), expert=True, film=True), plain, strict=True):
+    for asked, run in zip(arena.run(specs(), Forward(), expert="video", film=True), plain, strict=True):
         np.testing.assert_array_equal(asked.trajectory.frames, run.trajectory.frames)
         np.testing.assert_array_equal(asked.trajectory.states, run.trajectory.states)
         assert asked.expert is not None and asked.expert.shape == run.trajectory.base.shape

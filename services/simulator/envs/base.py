@@ -152,8 +152,8 @@ class Environment(ABC):
     def close(self) -> None:
         """Release the simulator and its GL context. Closing twice is harmless."""
 
-    def expert_preview(self) -> tuple[FloatArray, dict[str, ImageArray]]:
-        """What the expert would do next: a chunk (M, A) and its frames, camera -> uint8 (M, height, width, 3).
+    def expert_preview(self, frames: bool = True) -> tuple[FloatArray, dict[str, ImageArray]]:
+        """What the expert would do next: a chunk (M, A) and its frames, camera -> uint8 (M or 0, height, width, 3).
 
         The episode stays as it was, to the bit. Privileged: for oracles in experiments. Raises as `expert_action`.
         """

@@ -160,7 +160,7 @@ class MetaworldEnvironment(Environment):
             action = self._scenes[self._task].expert.get_action(self._raw)
         return np.asarray(np.clip(action, -1.0, 1.0), np.float32)
 
-    def expert_preview(self) -> tuple[FloatArray, dict[str, ImageArray]]:
+    def expert_preview(self, frames: bool = True) -> tuple[FloatArray, dict[str, ImageArray]]:
         """See the base class. It plays on a copy of MuJoCo's data and restores Meta-World's own counters."""
         if not self._task:
             raise InvalidInputError("task: no episode is running; reset first")
@@ -174,7 +174,8 @@ class MetaworldEnvironment(Environment):
             actions.append(self.expert_action())
             for _ in range(ACTION_REPEAT):
                 self._raw = env.step(actions[-1])[0]
-            shown.append(self._render())
+            if frames:
+                shown.append(self._render())
         env.data = kept
         vars(env).update(counters)
         self._raw, self._success = raw, success
