@@ -129,11 +129,10 @@ class Stage2Settings:
     Objective, a weighted sum; weight 0 leaves a term out. decode_weight: masked MSE between base + residual and D_a(e_v);
     contrastive_weight: Eq. 1 (or the form in `contrastive`) over scenes of the same task; cosine_weight: 1 - cos of the true
     pairs; residual_penalty: mean squared residual, in variances of the actions.
-    bound: largest residual, in standard deviations of the actions; at 1.0 errors of the imagined targets harm tasks that the base
-    has mastered (button-press 1.00 -> .65, against .90 at 0.5 with half the episodes; 20 tuning scenes, one training seed each).
-    vision: what the residual sees: "latent" (the
-    frame's VAE latent) or "pixels" (METHOD's 256x256 convolutions). instruction: a token of the instruction's words, absent in
-    the paper.
+    bound: largest residual, in standard deviations of the actions; 4 lets it turn any action around: what a base does where it
+    fails lies two and more from the right action (docs/decisions/012).
+    vision: what the residual sees: "latent" (the frame's VAE latent) or "pixels" (METHOD's 256x256 convolutions).
+    instruction: a token of the instruction's words, absent in the paper.
     """
 
     optimiser: Optimiser = field(default_factory=lambda: Optimiser(rate=2e-3))
@@ -148,7 +147,7 @@ class Stage2Settings:
     residual_penalty: float = 0.0
     vision: Vision = "latent"
     instruction: bool = True
-    bound: float = 0.5
+    bound: float = 4.0
     tasks_per_step: int = 2
     episodes_per_step: int = 12
     latent_noise: float = 0.15
