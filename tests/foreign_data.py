@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import av
 import h5py
 import numpy as np
 
@@ -163,3 +165,129 @@ def write_robocasa(folder: Path, episodes: list[Raw]) -> Path:
                 _put(demo, f"obs/{key}", np.full((e.steps, size), float(size)))
             _put(demo, "obs/robot0_gripper_qpos", fingers(e.widths)[:-1])
     return folder / "demo.hdf5"
+
+
+def write_video(path: Path, frames: np.ndarray, fps: int = 20) -> None:
+    """H.264, as all these projects' mp4 files."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": "10"})
+        stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+ROBOCASA_VIDEOS = tuple(f"observation.images.robot0_{c}" for c in ("agentview_left", "agentview_right", "eye_in_hand"))
+
+
+def robocasa365_rows(e: Raw, index: int, episodes: int) -> dict[str, Any]:
+    """An episode's parquet columns. Actions: base 0:4, mode 4, position 5:8, rotation 8:11, gripper 11."""
+    n = e.steps
+    a = e.actions  # in v0.x order: position 0:3, rotation 3:6, gripper 6, base 7:11, mode 11
+    action = np.concatenate([a[:, 7:11], a[:, 11:12], a[:, 0:3], a[:, 3:6], a[:, 6:7]], axis=1)
+    state = np.concatenate([np.zeros((n, 14)), fingers(e.widths)[:-1]], axis=1)
+    columns = {"observation.state": list(state), "action": list(action), "timestamp": (np.arange(n) / 20).astype(np.float32)}
+    columns |= {"frame_index": np.arange(n), "episode_index": np.full(n, index), "index": np.arange(n)}
+    return columns | {"task_index": np.full(n, index), "annotation.human.task_name": np.full(n, episodes)}
+
+
+def robocasa365_info(version: str, episodes: list[Raw]) -> dict[str, Any]:
+    """meta/info.json, without its templates."""
+    features: dict[str, Any] = {k: {"dtype": "video", "shape": [SIZE, SIZE, 3]} for k in ROBOCASA_VIDEOS}
+    features |= {"observation.state": {"dtype": "float64", "shape": [16]}, "action": {"dtype": "float64", "shape": [12]}}
+    return {
+        "codebase_version": version,
+        "robot_type": "PandaOmron",
+        "total_episodes": len(episodes),
+        "fps": 20,
+        "chunks_size": 1000,
+        "features": features,
+    }
+
+
+def write_lerobot_v2(folder: Path, episodes: list[Raw]) -> Path:
+    """RoboCasa365 as it is published: LeRobot v2.1, a parquet file and a video a camera for each episode."""
+    import pandas as pd
+
+    (folder / "meta").mkdir()
+    (folder / "data/chunk-000").mkdir(parents=True)
+    info = robocasa365_info("v2.1", episodes)
+    info["data_path"] = "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet"
+    info["video_path"] = "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4"
+    (folder / "meta/info.json").write_text(json.dumps(info))
+    tasks = [*(e.instruction for e in episodes), "PickPlaceCounterToCabinet"]
+    lines = [json.dumps({"task_index": i, "task": t}) for i, t in enumerate(tasks)]
+    (folder / "meta/tasks.jsonl").write_text("\n".join(lines))
+    lines = [json.dumps({"episode_index": i, "tasks": [e.instruction], "length": e.steps}) for i, e in enumerate(episodes)]
+    (folder / "meta/episodes.jsonl").write_text("\n".join(lines))
+    for i, e in enumerate(episodes):
+        pd.DataFrame(robocasa365_rows(e, i, len(episodes))).to_parquet(folder / f"data/chunk-000/episode_{i:06d}.parquet")
+        for camera, key in enumerate(ROBOCASA_VIDEOS):
+            write_video(folder / f"videos/chunk-000/{key}/episode_{i:06d}.mp4", e.camera(camera)[:-1])
+    return folder
+
+
+def damage_lerobot_v2(folder: Path) -> None:
+    """Cuts one of episode 1's videos short."""
+    video = folder / f"videos/chunk-000/{ROBOCASA_VIDEOS[2]}/episode_000001.mp4"
+    video.write_bytes(video.read_bytes()[:300])
+
+
+def write_lerobot_v3(folder: Path, episodes: list[Raw]) -> Path:
+    """The same as LeRobot v3.0: all episodes in one parquet file and one video a camera."""
+    import pandas as pd
+
+    info = robocasa365_info("v3.0", episodes)
+    info["data_path"] = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+    info["video_path"] = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
+    for part in ("meta/episodes/chunk-000", "data/chunk-000"):
+        (folder / part).mkdir(parents=True)
+    (folder / "meta/info.json").write_text(json.dumps(info))
+    tasks = [*(e.instruction for e in episodes), "PickPlaceCounterToCabinet"]
+    pd.DataFrame({"task_index": range(len(tasks))}, index=pd.Index(tasks, name="task")).to_parquet(folder / "meta/tasks.parquet")
+    pd.concat(
+        [pd.DataFrame(robocasa365_rows(e, i, len(episodes))) for i, e in enumerate(episodes)], ignore_index=True
+    ).to_parquet(folder / "data/chunk-000/file-000.parquet")
+    for camera, key in enumerate(ROBOCASA_VIDEOS):
+        frames = np.concatenate([e.camera(camera)[:-1] for e in episodes])
+        write_video(folder / f"videos/{key}/chunk-000/file-000.mp4", frames)
+    rows, at = [], 0
+    for i, e in enumerate(episodes):
+        row: dict[str, Any] = {"episode_index": i, "tasks": [e.instruction], "length": e.steps}
+        row |= {"data/chunk_index": 0, "data/file_index": 0, "dataset_from_index": at, "dataset_to_index": at + e.steps}
+        for key in ROBOCASA_VIDEOS:
+            row |= {f"videos/{key}/chunk_index": 0, f"videos/{key}/file_index": 0}
+            row |= {f"videos/{key}/from_timestamp": at / 20, f"videos/{key}/to_timestamp": (at + e.steps) / 20}
+        rows.append(row)
+        at += e.steps
+    pd.DataFrame(rows).to_parquet(folder / "meta/episodes/chunk-000/file-000.parquet")
+    return folder
+
+
+def damage_lerobot_v3(folder: Path) -> None:
+    """Episode 1's metadata says a length that its rows do not have."""
+    import pandas as pd
+
+    file = folder / "meta/episodes/chunk-000/file-000.parquet"
+    table = pd.read_parquet(file)
+    table.loc[1, "length"] += 3
+    table.to_parquet(file)
+
+
+def write_clips(folder: Path, episodes: list[Raw]) -> Path:
+    """The authors' layout, both ways of naming."""
+    names = [f"PnPCounterToCab_mg_demo_{i}_aa_0" for i in range(len(episodes))]
+    names[0] = "demo_7-pick_thing-pick_up_thing_0-order1"
+    spans = {"PnPCounterToCab": {str(i): {"0": {"start": 4, "end": 20}} for i in range(1, len(episodes))}}
+    for name, e in zip(names, episodes, strict=True):
+        write_video(folder / f"videos/{name}.mp4", e.camera(0))
+    lines = ["video,prompt", *(f"{n}.mp4,{e.instruction}" for n, e in zip(names, episodes, strict=True))]
+    (folder / "metadata.csv").write_text("\n".join(lines))
+    (folder / "video_metadata.json").write_text(json.dumps(spans))
+    return folder
+
+
+def damage_clips(folder: Path) -> None:
+    """One clip is no video."""
+    (folder / "videos/PnPCounterToCab_mg_demo_1_aa_0.mp4").write_bytes(b"no video" * 100)

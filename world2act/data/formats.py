@@ -22,13 +22,15 @@ from typing import Any, ClassVar
 import numpy as np
 
 from world2act import splits
-from world2act.splits import Split
+from world2act.splits import LeakageError, Split
 from world2act.types import Episode
 
 FORMATS: dict[str, str] = {
     "world2act": "world2act.data.robomimic:RobomimicSource",
     "libero": "world2act.data.libero:LiberoSource",
     "robocasa": "world2act.data.robocasa:RobocasaSource",
+    "lerobot": "world2act.data.lerobot:LeRobotSource",
+    "clips": "world2act.data.clip_folder:ClipFolderSource",
 }
 """Format name -> 'module:class', imported on use. Asked in this order whether they know a path."""
 
@@ -124,7 +126,7 @@ class Source(ABC):
         try:
             episode = self._read(key, images)
             check_episode(replace(episode, widths=np.nan_to_num(episode.widths)) if no_widths(episode) else episode)
-        except FormatError:
+        except (FormatError, LeakageError):
             raise
         except (ValueError, OSError, RuntimeError, KeyError) as error:  # the last two: h5py's words for damage
             raise FormatError(f"{key}: {error}") from error
@@ -143,19 +145,18 @@ def open_source(path: Path | str, *, split: Split | None = None, format: str | N
         raise FormatError(f"{path.name}: no such file or folder")
     if format is not None and format not in FORMATS:
         raise FormatError(f"format: {format[:40]!r} is unknown; choose one of {', '.join(FORMATS)}")
+    known = []
     for name in [format] if format else FORMATS:
-        kind = _load(name)
+        module, attribute = FORMATS[name].split(":")
+        try:
+            kind: type[Source] = getattr(importlib.import_module(module), attribute)
+        except ImportError as error:
+            known.append(f"{name} (not readable here: {error.name} is missing, pip install 'world2act[data]')")
+            continue
         if format or kind.detect(path):
             return kind(path, split, **options)
-    known = "; ".join(f"{name} ({_load(name).signs})" for name in FORMATS)
-    raise FormatError(f"{path.name}: no known format fits. Known: {known}")
-
-
-def _load(name: str) -> type[Source]:
-    module, attribute = FORMATS[name].split(":")
-    kind = getattr(importlib.import_module(module), attribute)
-    assert issubclass(kind, Source)
-    return kind
+        known.append(f"{name} ({kind.signs})")
+    raise FormatError(f"{path.name}: no known format fits. Known: {'; '.join(known)}")
 
 
 def inside(root: Path, name: str, field: str) -> Path:

@@ -82,7 +82,8 @@ def decode_mp4(data: bytes) -> ImageArray:
 
 def decode_image(data: bytes) -> ImageArray:
     """A PNG or JPEG file -> uint8 (H, W, 3). Raises ValueError if it is no picture."""
-    return decode_mp4(data)[0]
+    picture: ImageArray = decode_mp4(data)[0]
+    return picture
 
 
 def video_frames(path: Path) -> tuple[float, int]:
