@@ -23,16 +23,15 @@ SKILLS = (Skill("pick up the can", 0, 8), Skill("place the can", 8, 16))
 
 def episode(index: int, steps: int = 16, size: int = 32) -> Episode:
     rng = np.random.default_rng(index)
-    smooth = np.linspace(0, 255, size).astype(np.uint8)  # video loses little of it
-    frames = np.stack([np.full((size, size, 3), 8 * t + index, np.uint8) for t in range(steps + 1)])
-    frames[:, :, :, 1] = smooth
+    ramp = np.arange(size)[:, None, None] + np.zeros((size, size, 3))  # grey and smooth: video loses little of it
+    frames = np.stack([(8 * t + index + ramp).astype(np.uint8) for t in range(steps + 1)])
     return Episode(
         task="pick-place",
         split="worldmodel",
         index=index,
         instruction=f"pick and place can {index % 2}",
         images={"primary": frames, "wrist": 255 - frames},
-        states=rng.normal(size=(steps + 1, 8)).astype(np.float32),
+        states=rng.uniform(-0.04, 0.04, (steps + 1, 8)).astype(np.float32),
         widths=rng.uniform(0, 0.08, steps + 1).astype(np.float32),
         actions=rng.uniform(-1, 1, (steps, 7)).astype(np.float32),
         success=index != 1,
@@ -161,8 +160,30 @@ def test_lerobot_itself_loads_it(tmp_path: Path) -> None:
             assert row is not None and row["content"] == skill
         else:
             assert item["subtask"] == skill
-    assert np.allclose(
-        loaded.meta.stats["action"]["mean"], np.concatenate([episode(n).actions for n in range(3)]).mean(0), atol=1e-6
-    )
+    actions = np.concatenate([episode(n).actions for n in range(3)])
+    assert np.allclose(loaded.meta.stats["action"]["mean"], actions.mean(0), atol=1e-6)
     chunks = LeRobotDataset("local/out", root=tmp_path / "out", video_backend="pyav", delta_timestamps={"action": [0, 0.05, 0.1]})
     assert np.allclose(chunks[0]["action"].numpy(), episode(0).actions[:3])
+
+
+def test_our_reader_reads_what_lerobot_itself_writes(tmp_path: Path) -> None:
+    pytest.importorskip("lerobot", reason="lerobot is not installed (see the test above)")
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    shapes = {"observation.state": (8,), "action": (7,)}
+    features = {name: {"dtype": "float32", "shape": shape, "names": None} for name, shape in shapes.items()}
+    features["observation.images.image"] = {"dtype": "video", "shape": (64, 64, 3), "names": ["height", "width", "channels"]}
+    made = LeRobotDataset.create("local/made", fps=20, features=features, root=tmp_path / "made", robot_type="panda")
+    worlds = [episode(n, size=64) for n in range(2)]
+    for world in worlds:
+        for t in range(16):
+            frame = {"observation.state": world.states[t], "action": world.actions[t], "task": world.instruction}
+            made.add_frame({**frame, "observation.images.image": world.images["primary"][t]})
+        made.save_episode()
+    made.finalize()
+    found = [e for e in open_source(tmp_path / "made", split=Split.WORLDMODEL).episodes() if isinstance(e, Episode)]
+    assert len(found) == 2
+    for got, world in zip(found, worlds, strict=True):
+        assert got.instruction == world.instruction and (got.actions == world.actions[:15]).all()
+        assert np.allclose(got.widths, np.abs(world.states[:16, 6:]).sum(1)), "LIBERO's two fingers"
+        assert np.abs(got.images["primary"].astype(int) - world.images["primary"][:16]).mean() < 4

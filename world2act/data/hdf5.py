@@ -153,5 +153,5 @@ class Hdf5Source(Source):
 
 def _files(path: Path) -> list[Path]:
     if path.is_file():
-        return [path] if path.suffix in SUFFIXES else []
+        return [path] if path.suffix in SUFFIXES or h5py.is_hdf5(path) else []
     return sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())

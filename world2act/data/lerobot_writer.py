@@ -126,6 +126,8 @@ class LeRobotWriter:
         found: dict[str, Any] = {}
         for camera, image in episode.images.items():
             height, width = image.shape[1:3]
+            if height % 2 or width % 2:
+                raise ValueError(f"images[{camera!r}]: height and width must be even for H.264, got {height} x {width}")
             video = {"video.height": height, "video.width": width, "video.codec": "h264", "video.pix_fmt": "yuv420p"}
             video |= {"video.is_depth_map": False, "video.fps": self.info["fps"], "video.channels": 3, "has_audio": False}
             shape = {"dtype": "video", "shape": [height, width, 3], "names": ["height", "width", "channels"]}
@@ -186,9 +188,9 @@ class LeRobotWriter:
         episodes = self._shard.close()
         state = {"info": self.info, "tasks": self.tasks, "subtasks": self.subtasks}
         state["stats"] = {name: moments.to_json() for name, moments in self.stats.items()}
-        (self._folder / f"meta/state-{self._shards}.json").write_text(json.dumps(state), encoding="utf-8")
         final = self._folder / EPISODES.format(**_place(self._shards))
         final.parent.mkdir(parents=True, exist_ok=True)
+        (self._folder / f"meta/state-{self._shards}.json").write_text(json.dumps(state), encoding="utf-8")
         partial = final.with_suffix(".partial")
         pq.write_table(pa.Table.from_pylist(episodes), partial)
         partial.replace(final)
