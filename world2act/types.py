@@ -36,8 +36,9 @@ def chunk_of_latent(k: int) -> int:
 class Episode:
     """One recorded demonstration.
 
-    images: camera -> uint8 (T+1, H, W, 3), frame t before action t, the last one after the last action.
-    states: float32 (T+1, S) proprioception; widths: float32 (T+1,) gripper opening in metres; actions: float32 (T, A).
+    images: camera -> uint8 (T+1, H, W, 3), frame t before action t, the last one after the last action; none where a reader
+    was asked for none. states: float32 (T+1, S) proprioception; widths: float32 (T+1,) gripper opening in metres, all NaN where
+    the source has none; actions: float32 (T, A), A = 0 where it has none. meta: world2act/data/formats.py says what is in it.
     intended: bool (T,), False where the action is not what the demonstrator wanted (a disturbance was added); None: all are.
     """
 

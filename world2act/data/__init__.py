@@ -1,1 +1,1 @@
-"""Readers and writers of demonstrations, the camera grid and the video codec."""
+"""Readers and writers of demonstrations (formats.py: all foreign formats through one interface), camera grid, video codec."""

@@ -1,0 +1,331 @@
+"""LeRobot data sets, v2.0, v2.1 and v3.0 (parquet + mp4), RoboCasa365 among them. Needs the extra `data` (pyarrow).
+
+A folder with meta/info.json (codebase_version, fps, features, data_path, video_path). v2 keeps one parquet file and one video a
+camera and episode, meta/episodes.jsonl and tasks.jsonl; v3 many episodes a file, meta/episodes/**.parquet saying which rows of
+which file, and which seconds of which video, are an episode's, and meta/tasks.parquet. Source: huggingface/lerobot,
+src/lerobot/datasets (0.4.4 and 0.6.1).
+
+Row t holds what was seen before action t; nothing is there after the last action, so that one is left out.
+
+Gripper widths, in this order: feature observation.gripper_width (our own export); the indices that the caller gives; where
+meta/modality.json puts gripper_qpos; PandaOmron's and LIBERO's known places. Else there are none (NaN): a number that is
+called gripper somewhere may be anything from a percentage to radians.
+
+RoboCasa365 (robot PandaOmron) keeps actions in its own order (ROBOCASA365_ACTION, or as meta/modality.json says); they are put
+into that of world2act/data/robocasa.py. The two LIBERO conversions in use (observation.images.image, image) are upright but
+mirrored, since their makers turned the images by 180 degrees; nothing in the files says so, and they are left as they are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from world2act.data import robocasa
+from world2act.data.formats import FormatError, Source, inside
+from world2act.data.video import decode_image, read_video
+from world2act.splits import Split
+from world2act.types import Episode, FloatArray, ImageArray
+
+ROBOCASA365_ACTION = {
+    "base_motion": slice(0, 4),
+    "control_mode": slice(4, 5),
+    "end_effector_position": slice(5, 8),
+    "end_effector_rotation": slice(8, 11),
+    "gripper_close": slice(11, 12),
+}
+"""RoboCasa's PandaOmron_modality.json; its states are in the order of robocasa.STATE."""
+CAMERAS = {key: name for name, key in robocasa.CAMERAS.items()} | {"image": "primary", "wrist_image": "wrist", "image2": "wrist"}
+"""Feature name (without observation.images.) -> our name; others keep theirs."""
+INFO = ("codebase_version", "fps", "features", "data_path")
+KEY = "episode_"
+WIDTH, SUCCESS = "observation.gripper_width", "next.success"
+TASK_COLUMN, ROBOCASA_TASK = "task_name", "annotation.human.task_name"
+
+
+class LeRobotSource(Source):
+    """See the module. Episode.index is LeRobot's episode_index; keys are episode_<six digits>."""
+
+    name = "lerobot"
+    signs = "folder with meta/info.json"
+
+    def __init__(self, path: Path, split: Split | None = None, gripper: Sequence[int] | None = None) -> None:
+        """gripper: indices into observation.state whose absolute values add up to the width in metres."""
+        super().__init__(path, split)
+        self.gripper = gripper
+        self.info = self._info()
+        self.features: dict[str, dict[str, Any]] = self.info["features"]
+        self.modality = self._modality()
+
+    @classmethod
+    def detect(cls, path: Path) -> bool:
+        return (path / "meta" / "info.json").is_file()
+
+    def keys(self) -> Iterator[str]:
+        return (f"{KEY}{index:06d}" for index in self.index)
+
+    @cached_property
+    def index(self) -> dict[int, dict[str, Any]]:
+        """episode_index -> its row in the metadata, without statistics: some hundred bytes an episode."""
+        if not self._is_v3:
+            rows = _json_lines(self.path / "meta" / "episodes.jsonl", ("episode_index", "length"))
+            return {int(row["episode_index"]): row for row in rows}
+        found: dict[int, dict[str, Any]] = {}
+        files = sorted((self.path / "meta" / "episodes").glob("*/*.parquet"))
+        if not files:
+            raise FormatError(f"{self.path.name}: meta/episodes: has no parquet file")
+        for file in files:
+            names = [n for n in _parquet_names(file) if not n.startswith("stats/")]
+            found.update((int(row["episode_index"]), row) for row in _parquet(file, names).to_pylist())
+        return found
+
+    @cached_property
+    def tasks(self) -> dict[int, str]:
+        """task_index -> instruction."""
+        if not self._is_v3:
+            rows = _json_lines(self.path / "meta" / "tasks.jsonl", ("task_index", "task"))
+            return {int(row["task_index"]): str(row["task"]) for row in rows}
+        file = self.path / "meta" / "tasks.parquet"
+        names = _parquet_names(file)
+        text = "task" if "task" in names else "__index_level_0__"  # pandas' name for an index without one
+        table = _parquet(file, [text, "task_index"])
+        return dict(zip(table["task_index"].to_pylist(), map(str, table[text].to_pylist()), strict=True))
+
+    @property
+    def _is_v3(self) -> bool:
+        return str(self.info["codebase_version"]).startswith("v3")
+
+    def _info(self) -> dict[str, Any]:
+        info = _json(self.path / "meta" / "info.json")
+        missing = [key for key in INFO if key not in info]
+        if missing:
+            raise FormatError(f"{self.path.name}: meta/info.json lacks {', '.join(missing)}")
+        if str(info["codebase_version"])[:2] not in ("v2", "v3"):
+            raise FormatError(f"{self.path.name}: codebase_version: {str(info['codebase_version'])[:20]!r}; v2 and v3 are read")
+        if not isinstance(info["fps"], int | float) or not 0 < info["fps"] <= 1000:
+            raise FormatError(f"{self.path.name}: fps: {str(info['fps'])[:20]} must be in (0, 1000]")
+        if not isinstance(info["features"], dict) or "action" not in info["features"]:
+            raise FormatError(f"{self.path.name}: meta/info.json: features lacks action")
+        return info
+
+    def _modality(self) -> dict[str, dict[str, slice]]:
+        """meta/modality.json (GR00T's): "state" and "action" -> part -> its columns."""
+        file = self.path / "meta" / "modality.json"
+        content = _json(file) if file.is_file() else {}
+        try:
+            found: dict[str, dict[str, slice]] = {}
+            for kind in ("state", "action"):
+                found[kind] = {n: slice(int(p["start"]), int(p["end"])) for n, p in content.get(kind, {}).items()}
+            return found
+        except (TypeError, KeyError, AttributeError, ValueError):
+            raise FormatError(f"{self.path.name}: meta/modality.json: parts of state and action need start and end") from None
+
+    def _read(self, key: str, images: bool) -> Episode:
+        index = int(key.removeprefix(KEY))
+        row = self.index[index]
+        columns = self._columns(index, row, images)
+        rows = len(columns["action"])
+        if rows != int(row["length"]) or rows < 2:
+            raise FormatError(f"{key}: has {rows} rows, its metadata says {row['length']}; 2 at least are needed")
+        self._check_times(key, np.asarray(columns["timestamp"], np.float64))
+        states, actions = self._vector(columns, self._state), self._vector(columns, "action")
+        instruction = self.tasks.get(int(columns["task_index"][0]), "").strip()
+        if not instruction:
+            raise FormatError(f"{key}: task_index {columns['task_index'][0]}: no instruction in meta/tasks")
+        success = columns.get(SUCCESS)
+        order = self._robocasa_order(actions.shape[1])
+        meta = {"fps": f"{self.info['fps']:g}"}
+        if order:
+            actions = np.concatenate([actions[:, order[part]] for part in robocasa.ACTION], axis=1)
+            meta |= robocasa.META
+        return Episode(
+            task=self._task(row, columns, instruction),
+            split=str(self.split),
+            index=index,
+            instruction=instruction,
+            images={camera: self._frames(feature, row, index, columns, rows) for camera, feature in self._cameras(images)},
+            states=states,
+            widths=self._widths(columns, states, actions.shape[1]),
+            actions=np.ascontiguousarray(actions[:-1]),
+            success=bool(np.any(success)) if success is not None else True,
+            meta=meta,
+        )
+
+    @property
+    def _state(self) -> str:
+        return "observation.state" if "observation.state" in self.features else "state"
+
+    def _cameras(self, images: bool) -> list[tuple[str, str]]:
+        """(our name, feature) of each camera; depth is left out."""
+        found = []
+        for feature, about in self.features.items() if images else ():
+            hints = {**(about.get("video_info") or {}), **(about.get("info") or {})}
+            depth = hints.get("video.is_depth_map") or hints.get("is_depth_map")
+            if about.get("dtype") in ("image", "video") and not depth:
+                short = feature.removeprefix("observation.").removeprefix("images.")
+                found.append((CAMERAS.get(short, short), feature))
+        return found
+
+    def _columns(self, index: int, row: Mapping[str, Any], images: bool) -> dict[str, Any]:
+        """The episode's rows, as columns: numbers as lists, pictures as their bytes."""
+        wanted = ["action", "timestamp", "task_index", self._state, WIDTH, SUCCESS, ROBOCASA_TASK]
+        wanted += [f for _, f in self._cameras(images) if self.features[f]["dtype"] == "image"]
+        file = self._file("data_path", index, row, "data")
+        names = _parquet_names(file)
+        missing = [n for n in ("action", "timestamp", "task_index") if n not in names]
+        if missing:
+            raise FormatError(f"{file.name}: column {', '.join(missing)} is missing")
+        present = [n for n in wanted if n in names]
+        table = _parquet(file, present, ("episode_index", index) if self._is_v3 else None)
+        return {name: table[name].to_pylist() for name in present}
+
+    def _file(self, template: str, index: int, row: Mapping[str, Any], prefix: str) -> Path:
+        """The file of an episode, by info.json's template; it must lie in the data set's folder and be there."""
+        values: dict[str, Any] = {"video_key": prefix.removeprefix("videos/")}
+        try:
+            if self._is_v3:
+                values |= {k: int(row[f"{prefix}/{k}"]) for k in ("chunk_index", "file_index")}
+            else:
+                values |= {"episode_index": index, "episode_chunk": index // int(self.info.get("chunks_size", 1000))}
+            name = str(self.info[template]).format(**values)
+        except (KeyError, ValueError, IndexError, AttributeError, TypeError) as error:
+            raise FormatError(f"{self.path.name}: {template}: cannot be filled for episode {index} ({error})") from None
+        file = inside(self.path, name, template)
+        if not file.is_file():
+            raise FormatError(f"{KEY}{index:06d}: {name}: no such file")
+        return file
+
+    def _vector(self, columns: Mapping[str, Any], name: str) -> FloatArray:
+        """A column of vectors, float32 (N, size), of the size that info.json says."""
+        if name not in columns:
+            return np.zeros((len(columns["action"]), 0), np.float32)
+        try:
+            values = np.asarray(columns[name], np.float32)
+        except (ValueError, TypeError):
+            raise FormatError(f"{name}: rows must be numbers, as many in each") from None
+        values = values[:, None] if values.ndim == 1 else values
+        size = (self.features.get(name, {}).get("shape") or [values.shape[-1]])[0]
+        if values.ndim != 2 or values.shape[1] != size:
+            raise FormatError(f"{name}: shape must be (N, {size}), got {values.shape}")
+        return values
+
+    def _check_times(self, key: str, times: npt.NDArray[np.float64]) -> None:
+        steps, wanted = np.diff(times), 1 / float(self.info["fps"])
+        if (np.abs(steps - wanted) > 0.1 * wanted).any():
+            low, high = steps.min(), steps.max()
+            raise FormatError(f"{key}: fps: {self.info['fps']:g} is said, but frames are {low:.4g} to {high:.4g} s apart")
+
+    def _robocasa_order(self, size: int) -> dict[str, slice] | None:
+        """Where the parts of a RoboCasa action are; None for other robots."""
+        if size != robocasa.ACTION_SIZE:
+            return None
+        parts = self.modality["action"]
+        if set(parts) == set(robocasa.ACTION):
+            wrong = [n for n, s in parts.items() if s.stop - s.start != robocasa.ACTION[n] or not 0 <= s.start < s.stop <= size]
+            if wrong:
+                raise FormatError(f"{self.path.name}: meta/modality.json: action.{wrong[0]}: wrong columns")
+            return parts
+        return ROBOCASA365_ACTION if self.info.get("robot_type") == "PandaOmron" else None
+
+    def _widths(self, columns: Mapping[str, Any], states: FloatArray, action_size: int) -> FloatArray:
+        robot, size = self.info.get("robot_type"), states.shape[1]
+        part = self.modality["state"].get("gripper_qpos")
+        if WIDTH in columns:
+            return np.asarray(columns[WIDTH], np.float32).reshape(-1)
+        if self.gripper is not None:
+            if not all(0 <= i < size for i in self.gripper):
+                raise FormatError(f"gripper: {list(self.gripper)} are not all columns of a state of {size}")
+            fingers = states[:, list(self.gripper)]
+        elif part is not None:
+            fingers = states[:, part]
+        elif robot == "PandaOmron" and size == 16:
+            fingers = states[:, 14:]
+        elif robot == "panda" and (size, action_size) == (8, 7):  # LIBERO: position, axis-angle, two fingers
+            fingers = states[:, 6:]
+        else:
+            return np.full(len(states), np.nan, np.float32)
+        widths: FloatArray = np.abs(fingers).sum(axis=1)
+        return widths
+
+    def _task(self, row: Mapping[str, Any], columns: Mapping[str, Any], instruction: str) -> str:
+        """The simulator's name of the task where the data says it, else the instruction."""
+        if row.get(TASK_COLUMN):
+            return str(row[TASK_COLUMN])
+        if ROBOCASA_TASK in columns:
+            return self.tasks.get(int(columns[ROBOCASA_TASK][0]), instruction)
+        return instruction
+
+    def _frames(self, feature: str, row: Mapping[str, Any], index: int, columns: Mapping[str, Any], rows: int) -> ImageArray:
+        if self.features[feature]["dtype"] == "image":
+            if feature not in columns:
+                raise FormatError(f"{KEY}{index:06d}: column {feature} is missing")
+            pictures = [cell["bytes"] for cell in columns[feature] if isinstance(cell, dict) and cell.get("bytes")]
+            if len(pictures) != rows:
+                raise FormatError(f"{KEY}{index:06d}: {feature}: pictures must be in the parquet file itself")
+            return np.stack([decode_image(p) for p in pictures])
+        prefix = f"videos/{feature}"
+        start = float(row.get(f"{prefix}/from_timestamp", 0.0)) if self._is_v3 else 0.0
+        try:
+            return read_video(self._file("video_path", index, row, prefix), rows, start, float(self.info["fps"]))
+        except FormatError:
+            raise
+        except ValueError as error:
+            raise FormatError(f"{KEY}{index:06d}: {feature}: {error}") from None
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise FormatError(f"meta/{file.name}: is missing or not JSON") from None
+    if not isinstance(content, dict):
+        raise FormatError(f"meta/{file.name}: must be a JSON object")
+    return content
+
+
+def _json_lines(file: Path, needed: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """Objects of a JSON lines file, each with the fields `needed`."""
+    if not file.is_file():
+        raise FormatError(f"meta/{file.name}: is missing")
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                content = json.loads(line) if line.strip() else None
+            except ValueError:
+                raise FormatError(f"meta/{file.name}: line {number} is not JSON; the file is truncated or damaged") from None
+            if content is not None:
+                if not isinstance(content, dict) or not set(needed) <= set(content):
+                    raise FormatError(f"meta/{file.name}: line {number} needs {', '.join(needed)}")
+                yield content
+
+
+def _parquet(file: Path, columns: list[str], where: tuple[str, int] | None = None) -> Any:
+    """A pyarrow table of `columns`, only the rows where a column has a value. Row groups that cannot have it are not read."""
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_table(file, columns=columns, filters=[(where[0], "==", where[1])] if where else None)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise FormatError(f"{file.name}: cannot be read ({_first_line(error)})") from None
+
+
+def _parquet_names(file: Path) -> list[str]:
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise FormatError("pyarrow is missing: LeRobot data needs pip install 'world2act[data]'") from None
+    try:
+        return list(pyarrow.parquet.read_schema(file).names)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise FormatError(f"{file.name}: is not a parquet file, or truncated ({_first_line(error)})") from None
+
+
+def _first_line(error: Exception) -> str:
+    """What pyarrow says, without the path that an OSError carries."""
+    return (error.strerror or "truncated") if isinstance(error, OSError) else str(error).splitlines()[0][:120]
