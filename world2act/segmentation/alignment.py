@@ -155,7 +155,7 @@ def validate_answer(
         raise AnswerRejectedError(f"boundaries: wrong count, {len(rows)} given, {len(needed)} needed")
     kinds = {c.index: c.kind for c in given}
     last = -1
-    checked = []
+    checked: list[tuple[int, str]] = []
     for i, (row, step) in enumerate(zip(rows, needed, strict=True)):
         if not isinstance(row, Mapping) or type(row.get("index")) is not int or type(row.get("step")) is not int:
             raise AnswerRejectedError(f"boundaries[{i}]: integers 'step' and 'index' are needed")

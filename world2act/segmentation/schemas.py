@@ -228,10 +228,17 @@ def parse_schemas(content: Any) -> SchemaTable:
     return SchemaTable(tasks, calibrations, verbs, tuple(compiled), suites)
 
 
-@lru_cache(maxsize=8)
 def load_schemas(path: Path | None = None) -> SchemaTable:
     """The table at `path`, by default the one shipped with the package. Raises ValueError as `parse_schemas`."""
-    text = path.read_text() if path else (resources.files(__package__) / "schemas.json").read_text()
+    return _parse(path.read_text()) if path else _shipped()
+
+
+@lru_cache(maxsize=1)
+def _shipped() -> SchemaTable:
+    return _parse((resources.files(__package__) / "schemas.json").read_text())
+
+
+def _parse(text: str) -> SchemaTable:
     try:
         return parse_schemas(json.loads(text))
     except json.JSONDecodeError as e:

@@ -19,17 +19,20 @@ MAX_VIDEO_FRAMES = 5_000
 """Longest film accepted: smoothing compares all pairs of frames."""
 
 
-def pixel_features(frames: ImageArray, side: int = 8) -> Embeddings:
-    """Frames uint8 (F, H, W, 3) as mean colours of a side x side grid in [0, 1]: (F, side * side * 3).
+def pixel_features(frames: ImageArray, side: int = 16) -> Embeddings:
+    """Frames uint8 (F, H, W, 3) as how their colours are spread: (F, 2 * side * 3).
 
-    Raises ValueError for frames of another shape or smaller than the grid.
+    The picture's mean colour in [0, 1] above each of `side` lines and left of each of `side` lines, black below and right of
+    them. Unlike the colours themselves, these differ the more the further a thing has moved (two spreads along a line differ by
+    the distance that one is moved to make the other). Raises ValueError for frames of another shape or too small.
     """
     if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8 or min(frames.shape[1:3]) < side:
         raise ValueError(f"frames: must be uint8 (F, H, W, 3) with H and W at least {side}, got {frames.dtype} {frames.shape}")
-    rows, columns = (np.linspace(0, n, side + 1).astype(int)[:-1] for n in frames.shape[1:3])
-    sums = np.add.reduceat(np.add.reduceat(frames, rows, axis=1, dtype=np.float64), columns, axis=2)
-    areas = np.outer(np.diff([*rows, frames.shape[1]]), np.diff([*columns, frames.shape[2]]))
-    features: Embeddings = (sums / areas[None, :, :, None] / 255).reshape(len(frames), -1)
+    rows, columns = (np.linspace(0, n, side + 1).astype(int)[1:] - 1 for n in frames.shape[1:3])
+    area = 255.0 * frames.shape[1] * frames.shape[2]
+    above = frames.sum(2, dtype=np.float64).cumsum(1)[:, rows] / area
+    left = frames.sum(1, dtype=np.float64).cumsum(1)[:, columns] / area
+    features: Embeddings = np.concatenate([above, left], 1).reshape(len(frames), -1)
     return features
 
 
