@@ -32,6 +32,7 @@ QUEUE = "segment"
 log = structlog.get_logger()
 REQUESTS = Counter("w2a_segment_requests_total", "requests by outcome: done, cached, bad, dead", ["outcome"])
 EPISODES = Counter("w2a_segment_episodes_total", "episodes by outcome: synced, discarded", ["outcome"])
+TOKENS = Counter("w2a_segment_llm_tokens_total", "tokens of the language model: prompt, completion", ["kind"])
 SECONDS = Histogram("w2a_segment_seconds", "time of one request, not from the cache")
 
 
@@ -121,6 +122,8 @@ def segment_once(
         client.set(done, json.dumps(result), nx=True, ex=settings.segment_result_seconds)
     client.delete(attempts)
     SECONDS.observe(seconds)
+    for kind in ("prompt", "completion"):
+        TOKENS.labels(kind).inc(result.get("llm", {}).get(f"{kind}_tokens", 0))
     REQUESTS.labels("bad" if "error" in result else "done").inc()
     for episode in result.get("episodes", []):
         EPISODES.labels("discarded" if episode["discarded"] else "synced").inc()

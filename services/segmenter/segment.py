@@ -24,7 +24,16 @@ from services.runtime.artifacts import ArtifactError, ArtifactStore
 from services.runtime.llm import BudgetExceededError, LLMClient, make_asker
 from services.segmenter.episodes import read_widths
 from services.segmenter.settings import SegmenterSettings
-from world2act.segmentation import Aligner, Planner, Segmentation, default_planner, load_schemas, segment_series, summarise
+from world2act.segmentation import (
+    Aligner,
+    AnswerRejectedError,
+    Planner,
+    Segmentation,
+    default_planner,
+    load_schemas,
+    segment_series,
+    summarise,
+)
 from world2act.segmentation.events import MAX_FRAMES, WidthArray, check_widths
 from world2act.segmentation.events import as_json as events_json
 from world2act.segmentation.llm import LLMAligner, LLMPlanner
@@ -91,7 +100,7 @@ def describe(error: ValidationError) -> str:
 
 
 def run_request(content: Any, settings: SegmenterSettings, store: ArtifactStore, model: Cutter | None = None) -> dict[str, Any]:
-    """The result of one request; {"error": ...} for a bad one, with "again": true where it may be good later (a spent budget).
+    """The result of one request; {"error": ...} for a bad one, with "again": true where it may be good later (the model's).
 
     model: what planner llm means, None where no model is configured.
     Raises only what is to be tried again: where the artifact store fails (OSError) or the model (LLMUnavailableError).
@@ -107,7 +116,7 @@ def run_request(content: Any, settings: SegmenterSettings, store: ArtifactStore,
         model.client.deadline = time.monotonic() + 0.8 * settings.segment_visibility_seconds
         result = _run(request, settings, store, model)
         return {**result, "llm": {name: round(value - before[name], 6) for name, value in model.used().items()}}
-    except BudgetExceededError as e:
+    except (BudgetExceededError, AnswerRejectedError) as e:
         return {"error": f"planner: {e}", "again": True}
     except ValidationError as e:
         return {"error": describe(e)}

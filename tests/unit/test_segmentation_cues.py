@@ -17,6 +17,7 @@ from world2act.segmentation import (
     align,
     boundaries,
     boundary_score,
+    calibrated,
     change_points,
     commanded_widths,
     contact_events,
@@ -138,6 +139,17 @@ def test_a_hand_that_never_opens_is_no_grasp() -> None:
     found = segment_series(np.full(60, 0.04), ONE, calibration=HAND)
     assert found.discarded is not None and "step missing" in found.discarded
     assert any("closes before frame 8" in r for r in found.reasons) and found.events[0].offset is None
+
+
+def test_a_hand_calibrated_from_its_episodes() -> None:
+    spike = np.r_[np.full(30, 0.077), [0.2], np.full(20, 0.03)]
+    shut = np.full(40, 0.03)
+    found = calibrated(HAND, [spike, np.r_[np.full(9, 0.078), shut], shut])
+    assert found.open_width_m == pytest.approx(0.077) and found.delta_on_m == HAND.delta_on_m
+    with pytest.raises(ValueError, match="at least one is needed"):
+        calibrated(HAND, [])
+    with pytest.raises(ValueError, match="delta_on_m <= open_width_m"):
+        calibrated(HAND, [np.full(9, 0.005)])
 
 
 def test_commands_as_widths() -> None:

@@ -13,6 +13,7 @@ from world2act.segmentation.cues import TouchCalibration, merge_events, touch_ev
 from world2act.segmentation.events import (
     ContactEvent,
     GripperCalibration,
+    calibrated,
     check_widths,
     commanded_widths,
     contact_events,
@@ -46,6 +47,7 @@ __all__ = [
     "align",
     "boundaries",
     "boundary_score",
+    "calibrated",
     "candidates_of",
     "change_points",
     "check_suites",

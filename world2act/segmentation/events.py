@@ -8,8 +8,8 @@ actual width is an optional second cue, for objects so wide that d never reaches
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -157,17 +157,29 @@ def contact_events(
     for a, b in spans(mask, calibration.min_frames, calibration.min_gap_frames):
         held = np.sort(w[a:b])
         median = (held[(b - a) // 2] + held[(b - a - 1) // 2]) / 2
-        low = min(_least(w[a:b], calibration.min_frames), float(median))
+        low = min(_kept(w[a:b], calibration.min_frames), float(median))
         found.append(ContactEvent(a, b if b < w.size else None, float(median), low))
     return tuple(found)
 
 
-def _least(held: WidthArray, frames: int) -> float:
-    """The least width that fingers kept to for `frames` frames in a row (fewer where the series is shorter)."""
+def _kept(held: WidthArray, frames: int) -> float:
+    """The least value that a series (F,) kept to for `frames` frames in a row (fewer where the series is shorter)."""
     kept = held
     for i in range(1, min(frames, held.size)):
         kept = np.maximum(kept[: held.size - i], held[i:])
     return float(kept.min())
+
+
+def calibrated(base: GripperCalibration, episodes: Iterable[npt.ArrayLike]) -> GripperCalibration:
+    """`base` with the fully-open width that the width series (F,) of one hand's episodes show, metres: the widest that each
+    keeps for min_frames, the median over episodes, so that neither a spike nor an episode that never opens decides.
+
+    Raises ValueError as `check_widths`, without episodes, and where the hand opens too little for the thresholds of `base`.
+    """
+    widest = [_kept(-check_widths(w), base.min_frames) for w in episodes]
+    if not widest:
+        raise ValueError("episodes: at least one is needed to calibrate a hand")
+    return replace(base, open_width_m=-float(np.median(widest)))
 
 
 def commanded_widths(commands: npt.ArrayLike, calibration: GripperCalibration) -> WidthArray:
