@@ -4,13 +4,10 @@ what it costs, and that the key stays out of everything written."""
 from __future__ import annotations
 
 import json
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +27,7 @@ from services.runtime.llm import (
 )
 from services.segmenter.segment import Cutter, run_request
 from services.segmenter.settings import SegmenterSettings
+from tests.scripted_llm import Server, Turn, cut_off, dripping, raw, refused, said, silent
 from world2act.segmentation import load_schemas, segment_series
 from world2act.segmentation.llm import Asker, InProcess, LLMAligner, LLMPlanner, replay
 
@@ -44,87 +42,12 @@ ALIGNMENT = {"boundaries": [{"step": 0, "index": 20, "reason": "it closes"}], "m
 WIDTHS = np.r_[np.full(20, 0.08), np.full(20, 0.03), np.full(21, 0.08)]
 ASKED = [{"role": "system", "content": "rules"}, {"role": "user", "content": "question"}]
 
-Turn = Callable[[BaseHTTPRequestHandler], None]
-
-
-def said(content: Any, *, usage: Any = ..., reason: str = "stop") -> Turn:
-    """A chat completion; `content` as JSON unless it is text."""
-    text = content if isinstance(content, str | None) else json.dumps(content)
-    counted = {"prompt_tokens": 100, "completion_tokens": 20} if usage is ... else usage
-    reply = {"choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": reason}], "usage": counted}
-    return raw(200, json.dumps(reply).encode())
-
-
-def raw(status: int, body: bytes = b"", **headers: str) -> Turn:
-    """Any reply."""
-
-    def turn(handler: BaseHTTPRequestHandler) -> None:
-        handler.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **headers}.items():
-            handler.send_header(name.replace("_", "-"), value)
-        handler.end_headers()
-        handler.wfile.write(body)
-
-    return turn
-
-
-def refused(status: int, message: str, **headers: str) -> Turn:
-    return raw(status, json.dumps({"error": {"message": message}}).encode(), **headers)
-
-
-def silent(seconds: float) -> Turn:
-    """No reply for a while."""
-    return lambda handler: time.sleep(seconds)
-
-
-def dripping(handler: BaseHTTPRequestHandler) -> None:
-    """One blank every 50 ms, for ever: no single read times out."""
-    handler.send_response(200)
-    handler.end_headers()
-    for _ in range(200):
-        handler.wfile.write(b" ")
-        handler.wfile.flush()
-        time.sleep(0.05)
-
-
-def cut_off(handler: BaseHTTPRequestHandler) -> None:
-    """Promises more bytes than it sends, then hangs up."""
-    handler.send_response(200)
-    handler.send_header("Content-Length", "1000")
-    handler.end_headers()
-    handler.wfile.write(b'{"choices": [')
-
-
-class Server:
-    """Plays one turn per request; keeps paths, headers and bodies."""
-
-    def __init__(self) -> None:
-        self.turns: list[Turn] = []
-        self.requests: list[dict[str, Any]] = []
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                outer.requests.append({"path": self.path, "key": self.headers.get("Authorization"), **body})
-                with suppress(OSError):  # the client may hang up first, as it should
-                    (outer.turns.pop(0) if outer.turns else refused(500, "the script has ended"))(self)
-
-            def log_message(self, *_: Any) -> None:
-                return
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
-
 
 @pytest.fixture
 def server() -> Iterator[Server]:
     s = Server()
     yield s
-    s.http.shutdown()
-    s.http.server_close()
+    s.close()
 
 
 def settings(server: Server, tmp_path: Path, **changes: Any) -> SegmenterSettings:
