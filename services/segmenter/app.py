@@ -97,8 +97,8 @@ def segment_once(
 ) -> dict[str, Any]:
     """The result of `request`: stored under its content key by the first delivery that ends, and answered from there after."""
     by_model = model is not None and isinstance(request, dict) and request.get("planner") == "llm"
-    asked = f"{settings.llm_base_url} {settings.llm_model}" if by_model else ""
-    key = content_key("segment", __version__, request, asked)
+    asked = [settings.llm_base_url, settings.llm_model] if by_model else []
+    key = content_key("segment", __version__, request, *asked)
     done, attempts = f"w2a:segment:result:{key}", f"w2a:segment:attempts:{key}"
     if (stored := client.get(done)) is not None:
         REQUESTS.labels("cached").inc()
