@@ -62,12 +62,14 @@ def test_events(widths: np.ndarray, expected: list[tuple[int, int | None]]) -> N
 
 
 def test_event_widths() -> None:
-    (event,) = contact_events(series((10, 0.1), (3, 0.03), (9, 0.045)), HAND)
+    (event,) = contact_events(series((10, 0.1), (1, 0.03), (9, 0.045)), HAND)
     assert event.width_m == pytest.approx(0.045) and event.low_m == pytest.approx(0.03)
     row = {"onset": 10, "offset": None, "width_m": 0.045, "low_m": 0.03, "kind": "grasp"}
     assert json.loads(json.dumps(as_json([event])))[0] == row
     (event,) = contact_events(series((10, 0.1), (5, 0.045), (2, 0.0), (5, 0.045)), HAND)
     assert event.low_m == pytest.approx(0.045), "two frames without a reading are no missed grasp"
+    slip = [0.1] * 10 + [0.04, 0.035, 0.033, 0.024, 0.018, 0.019, 0.024, 0.03, 0.04]
+    assert contact_events(slip, HAND)[0].low_m == pytest.approx(0.018), "fingers that slip off are real, however short"
 
 
 def test_thirty_noisy_series_with_known_truth() -> None:

@@ -31,7 +31,7 @@ class GripperCalibration:
 
     gap_m and settle_m serve the commanded-versus-actual cue only: fingers that stay gap_m wider than commanded while
     moving less than settle_m a frame are held apart by an object.
-    min_object_width_m: fingers that stay closer than this for min_frames hold nothing: a missed grasp, or the object slipped.
+    min_object_width_m: fingers that get closer than this hold nothing: a missed grasp, or the object slipped.
     start_frames: a closure before this frame is no grasp: the hand is still getting into its start pose.
     Raises ValueError naming the field when a value is out of range.
     """
@@ -68,8 +68,8 @@ class GripperCalibration:
 class ContactEvent:
     """One contact: frames onset .. offset-1; offset is None while the contact still lasts at the last frame.
 
-    width_m is the median width while in contact: what is between the fingers; low_m the least that lasted (no dropout of the
-    sensor): did it stay there. kind: grasp (between the fingers) or touch (something was pushed; see `touch_events`).
+    width_m is the median width while in contact: what is between the fingers; low_m the least (dropouts of the sensor
+    left out): did it stay there. kind: grasp (between the fingers) or touch (something was pushed; see `touch_events`).
     """
 
     onset: int
@@ -153,21 +153,32 @@ def contact_events(
     w = check_widths(widths, frames)
     command = None if commanded is None else check_widths(commanded, w.size, "commanded_width_m")
     mask = contact_mask(w, calibration, command)
-    found = []
+    if not mask.any():
+        return ()
+    found, real = [], _real(w, calibration)
     for a, b in spans(mask, calibration.min_frames, calibration.min_gap_frames):
         held = np.sort(w[a:b])
         median = (held[(b - a) // 2] + held[(b - a - 1) // 2]) / 2
-        low = min(_kept(w[a:b], calibration.min_frames), float(median))
+        low = float(w[a:b][real[a:b]].min(initial=median))
         found.append(ContactEvent(a, b if b < w.size else None, float(median), low))
     return tuple(found)
 
 
-def _kept(held: WidthArray, frames: int) -> float:
-    """The least value that a series (F,) kept to for `frames` frames in a row (fewer where the series is shorter)."""
-    kept = held
-    for i in range(1, min(frames, held.size)):
-        kept = np.maximum(kept[: held.size - i], held[i:])
-    return float(kept.min())
+def _real(w: WidthArray, calibration: GripperCalibration) -> npt.NDArray[np.bool_]:
+    """Frames (F,) that are no dropouts of the sensor: dips of more than gap_m that end within min_frames.
+
+    (Fingers that slip off an object close and open again less steeply than that.)
+    """
+    n = calibration.min_frames
+    filled = _slide(np.minimum, _slide(np.maximum, np.pad(w, n - 1, mode="edge"), n), n)
+    real: npt.NDArray[np.bool_] = filled - w <= calibration.gap_m
+    return real
+
+
+def _slide(pick: np.ufunc, x: WidthArray, frames: int) -> WidthArray:
+    """`pick` (minimum or maximum) over each window of `frames` in x (F,): (F - frames + 1,)."""
+    result: WidthArray = pick.reduce([x[i : x.size - frames + 1 + i] for i in range(frames)], axis=0)
+    return result
 
 
 def calibrated(base: GripperCalibration, episodes: Iterable[npt.ArrayLike]) -> GripperCalibration:
@@ -176,10 +187,11 @@ def calibrated(base: GripperCalibration, episodes: Iterable[npt.ArrayLike]) -> G
 
     Raises ValueError as `check_widths`, without episodes, and where the hand opens too little for the thresholds of `base`.
     """
-    widest = [_kept(-check_widths(w), base.min_frames) for w in episodes]
+    series = [check_widths(w) for w in episodes]
+    widest = [_slide(np.minimum, w, min(base.min_frames, w.size)).max() for w in series]
     if not widest:
         raise ValueError("episodes: at least one is needed to calibrate a hand")
-    return replace(base, open_width_m=-float(np.median(widest)))
+    return replace(base, open_width_m=float(np.median(widest)))
 
 
 def commanded_widths(commands: npt.ArrayLike, calibration: GripperCalibration) -> WidthArray:
