@@ -58,12 +58,30 @@ def status() -> None:
     processes.status(CliSettings.load(), console)
 
 
-def segment(instruction: Positional[str | None] = None, file: Path | None = None, demo: str | None = None) -> None:
-    """Cut an instruction, or the demonstrations of an HDF5 file, into skills."""
+def segment(
+    instruction: Positional[str | None] = None,
+    file: Path | None = None,
+    demo: str | None = None,
+    planner: Literal["rule", "llm"] = "rule",
+) -> None:
+    """Cut an instruction, or the demonstrations of an HDF5 file, into skills; planner llm asks the segmenter's language model."""
     from services.cli import work
 
     with Gateway(CliSettings.load()) as gateway:
-        work.show_segments(work.segment(gateway, console, instruction, file, demo), console)
+        work.show_segments(work.segment(gateway, console, instruction, file, demo, planner), console)
+
+
+def schemas(file: Path | None = None) -> None:
+    """Check the task schemas, the shipped ones or those of --file: rows, calibrations, and that each suite's tasks are known."""
+    from world2act.segmentation import check_suites, load_schemas
+
+    table = load_schemas(file)
+    for problem in (problems := check_suites(table)):
+        console.print(problem, highlight=False)
+    counts = ", ".join(f"{s.name} {len(s.instructions)}" for s in table.suites) or "none"
+    console.print(f"{len(table.tasks)} rows, {len(table.calibrations)} calibrations; tasks of suites: {counts}", highlight=False)
+    if problems:
+        raise CliError(f"schemas: {len(problems)} instructions are known to no row")
 
 
 def _job(kind: str, body: dict[str, Any], wait: bool) -> None:
@@ -198,6 +216,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "status": status,
     "demos": _module("demos"),
     "segment": segment,
+    "schemas": schemas,
     "imagine": imagine,
     "rollout": rollout,
     "train-worldmodel": _module("train-worldmodel"),

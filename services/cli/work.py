@@ -14,16 +14,18 @@ from services.cli.client import CliError, Gateway
 Result = dict[str, Any]
 
 
-def segment(gateway: Gateway, console: Console, instruction: str | None, file: Path | None, demo: str | None) -> Result:
+def segment(
+    gateway: Gateway, console: Console, instruction: str | None, file: Path | None, demo: str | None, planner: str = "rule"
+) -> Result:
     """Skills of an instruction, or of an uploaded episode file; waits for a slow one."""
     if (instruction is None) == (file is None):
         raise CliError("segment: give an instruction, or --file")
     if file is None:
-        found = gateway.call("POST", "/segment", json={"instruction": instruction})
+        found = gateway.call("POST", "/segment", json={"instruction": instruction, "planner": planner})
     else:
         try:
             with file.open("rb") as f:
-                form = {"demo": demo} if demo else {}
+                form = {"planner": planner, **({"demo": demo} if demo else {})}
                 found = gateway.call("POST", "/segment", files={"file": (file.name, f)}, data=form)
         except OSError as error:
             raise CliError(f"{file}: {error.strerror}") from None

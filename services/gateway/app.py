@@ -119,7 +119,11 @@ def add_segment(app: FastAPI, doors: Doors) -> None:
     """POST /segment."""
     schema = SegmentRequest.model_json_schema()
     file, text = {"type": "string", "format": "binary"}, {"type": "string"}
-    upload = {"type": "object", "required": ["file"], "properties": {"file": file, "demo": text, "embodiment": text}}
+    upload = {
+        "type": "object",
+        "required": ["file"],
+        "properties": {"file": file, "demo": text, "embodiment": text, "planner": text},
+    }
     content = {
         "application/json": {"schema": schema, "examples": EXAMPLES["segment"]},
         "multipart/form-data": {"schema": upload},
@@ -170,15 +174,15 @@ def add_segment(app: FastAPI, doors: Doors) -> None:
 async def _from_upload(request: Request, doors: Doors) -> dict[str, Any]:
     """The request of an uploaded file. Starlette spools it to disk while it comes in; the guard has counted its size."""
     async with request.form(max_files=1, max_fields=8) as form:
-        unknown = set(form) - {"file", "demo", "embodiment"}
+        unknown = set(form) - {"file", "demo", "embodiment", "planner"}
         file = form.get("file")
         if unknown:
-            raise invalid(sorted(unknown)[0][:80], "is not a field of this form: file, demo, embodiment")
+            raise invalid(sorted(unknown)[0][:80], "is not a field of this form: file, demo, embodiment, planner")
         if not isinstance(file, UploadFile):
             raise invalid("file", "is missing: the HDF5 episode as a file field of the form")
         if (file.size or 0) > doors.settings.upload_limit_bytes:
             raise uploads.too_large("file", doors.settings)
-        extra = {name: str(form[name]) for name in ("demo", "embodiment") if form.get(name)}
+        extra = {name: str(form[name]) for name in ("demo", "embodiment", "planner") if form.get(name)}
         try:
             asked = SegmentRequest.model_validate({"episode": "upload", **extra})
         except ValidationError as error:

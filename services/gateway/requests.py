@@ -35,6 +35,7 @@ class SegmentRequest(Body):
     task: str | None = Field(None, min_length=1, max_length=100, description="task schema; else the one that the text matches")
     embodiment: str | None = Field(None, min_length=1, max_length=100, description="gripper calibration; else Meta-World's")
     frames: int | None = Field(None, ge=1, le=1_000_000, description="frames of the episode, where known: must match the series")
+    planner: Literal["rule", "llm"] | None = Field(None, description="llm: by the segmenter's language model; else by schemas")
     episode: str | None = Field(None, min_length=1, max_length=1000, description="HDF5 file, relative to the data folder")
     demo: str | None = Field(None, pattern=r"^demo_\d{1,9}$", description="one demonstration of the file; else all")
 

@@ -18,9 +18,10 @@ from celery import Celery
 from prometheus_client import Counter, Histogram
 
 from services.runtime.artifacts import ArtifactStore, content_key
+from services.runtime.llm import LLMUnavailableError
 from services.runtime.messages import DEAD, DeadLetter
 from services.runtime.streams import connect, publish
-from services.segmenter.segment import run_request
+from services.segmenter.segment import Cutter, run_request
 from services.segmenter.settings import SegmenterSettings
 from services.segmenter.transport import tolerant_transport
 from world2act import __version__
@@ -31,6 +32,7 @@ QUEUE = "segment"
 log = structlog.get_logger()
 REQUESTS = Counter("w2a_segment_requests_total", "requests by outcome: done, cached, bad, dead", ["outcome"])
 EPISODES = Counter("w2a_segment_episodes_total", "episodes by outcome: synced, discarded", ["outcome"])
+TOKENS = Counter("w2a_segment_llm_tokens_total", "tokens of the language model: prompt, completion", ["kind"])
 SECONDS = Histogram("w2a_segment_seconds", "time of one request, not from the cache")
 
 
@@ -44,6 +46,7 @@ def make_app(settings: SegmenterSettings) -> Celery:
         REQUESTS.labels("dead").inc()
         publish(client, DEAD, DeadLetter(stream=QUEUE, entry="", payload=payload[:2000], error=error))
 
+    model = Cutter.of_model(settings, store)
     app = Celery("segmenter", broker=settings.redis_url, backend=settings.redis_url)
     app.conf.update(
         broker_transport=tolerant_transport(bury),
@@ -84,14 +87,18 @@ def make_app(settings: SegmenterSettings) -> Celery:
     def segment(*args: Any, **kwargs: Any) -> dict[str, Any]:
         if args or set(kwargs) != {"request"}:
             return {"error": "request: the task takes one keyword argument, 'request'"}
-        return segment_once(kwargs["request"], settings, store, client)
+        return segment_once(kwargs["request"], settings, store, client, model)
 
     return app
 
 
-def segment_once(request: Any, settings: SegmenterSettings, store: ArtifactStore, client: redis.Redis) -> dict[str, Any]:
+def segment_once(
+    request: Any, settings: SegmenterSettings, store: ArtifactStore, client: redis.Redis, model: Cutter | None = None
+) -> dict[str, Any]:
     """The result of `request`: stored under its content key by the first delivery that ends, and answered from there after."""
-    key = content_key("segment", __version__, request)
+    by_model = model is not None and isinstance(request, dict) and request.get("planner") == "llm"
+    asked = [settings.llm_base_url, settings.llm_model] if by_model else []
+    key = content_key("segment", __version__, request, *asked)
     done, attempts = f"w2a:segment:result:{key}", f"w2a:segment:attempts:{key}"
     if (stored := client.get(done)) is not None:
         REQUESTS.labels("cached").inc()
@@ -105,11 +112,18 @@ def segment_once(request: Any, settings: SegmenterSettings, store: ArtifactStore
         REQUESTS.labels("dead").inc()
         return {"error": error}
     before = time.perf_counter()
-    result = run_request(request, settings, store)
+    try:
+        result = run_request(request, settings, store, model)
+    except LLMUnavailableError:
+        client.delete(attempts)  # no worker died; what the model has answered is kept, so the next try goes on from there
+        raise
     seconds = time.perf_counter() - before
-    client.set(done, json.dumps(result), nx=True, ex=settings.segment_result_seconds)
+    if not result.pop("again", False):
+        client.set(done, json.dumps(result), nx=True, ex=settings.segment_result_seconds)
     client.delete(attempts)
     SECONDS.observe(seconds)
+    for kind in ("prompt", "completion"):
+        TOKENS.labels(kind).inc(result.get("llm", {}).get(f"{kind}_tokens", 0))
     REQUESTS.labels("bad" if "error" in result else "done").inc()
     for episode in result.get("episodes", []):
         EPISODES.labels("discarded" if episode["discarded"] else "synced").inc()

@@ -1,13 +1,13 @@
-"""Settings of the segmenter; environment variables W2A_SEGMENT_*."""
+"""Settings of the segmenter; environment variables W2A_SEGMENT_* and W2A_LLM_*."""
 
 from __future__ import annotations
 
 from pydantic import Field
 
-from services.runtime.settings import CommonSettings
+from services.runtime.llm import LLMSettings
 
 
-class SegmenterSettings(CommonSettings):
+class SegmenterSettings(LLMSettings):
     """What the segmenter knows beyond what every service knows."""
 
     segment_visibility_seconds: int = Field(
@@ -16,4 +16,5 @@ class SegmenterSettings(CommonSettings):
     segment_result_seconds: int = Field(24 * 3600, ge=60, description="how long results are kept")
     segment_attempts: int = Field(3, ge=1, le=20, description="starts of one task before it goes to the dead letters")
     segment_max_demos: int = Field(10_000, ge=1, description="demonstrations read from one file")
+    segment_llm_max_demos: int = Field(200, ge=1, description="demonstrations of one file with planner llm (seconds each)")
     segment_max_bytes: int = Field(2 * 1024**3, ge=1, description="largest HDF5 file, bytes")

@@ -24,6 +24,7 @@ from services.runtime.artifacts import ArtifactStore
 from services.runtime.messages import DEAD
 from services.runtime.telemetry import heartbeats
 from tests.processes import ValkeyProcess, free_port, running_valkey, wait_for
+from tests.scripted_llm import Server, refused, said
 
 pytestmark = pytest.mark.integration
 
@@ -302,3 +303,37 @@ def test_busy_metrics_port(rig: Rig) -> None:
         second = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30)
     assert second.returncode == 1 and f"cannot bind metrics port {rig.metrics_port}" in second.stderr
     assert "Traceback" not in second.stderr
+
+
+def test_planner_llm_through_the_worker(rig: Rig) -> None:
+    """One worker, a scripted model: a slow start, a wrong answer, the right ones; then from what is kept. No key in any file."""
+    key = "sk-very-secret-0123456789"
+    steps = [{"prompt": "grasp the puck", "ends": "contact_on"}, {"prompt": "push the puck to the goal", "ends": "end"}]
+    plan = {"task": "push", "steps": steps, "explanation": "two steps"}
+    alignment = {"boundaries": [{"step": 0, "index": 25, "reason": "it closes"}], "missing": [], "explanation": "one grasp"}
+    server = Server()
+    server.turns = [refused(429, "slow down", Retry_After="0"), said("Sure!"), said(plan), said(alignment)]
+    request = {"instruction": "push the puck to the goal", "gripper_width_m": GRASP.tolist()}
+    try:
+        with rig.worker(W2A_LLM_BASE_URL=server.url, W2A_LLM_KEY=key, W2A_RUN_DIR=str(rig.folder / "run")):
+            result = rig.ask({**request, "planner": "llm"})
+            (episode,) = result["episodes"]
+            assert [(s["prompt"], s["start"], s["end"]) for s in episode["skills"]] == [
+                ("grasp the puck", 0, 28),
+                ("push the puck to the goal", 28, 48),
+            ]
+            assert "it closes" in episode["skills"][0]["reason"] and result["llm"]["requests"] == 4
+            assert "llm" not in rig.ask(request), "the rules are another request"
+            assert rig.ask({**request, "planner": "llm", "embodiment": "metaworld"})["llm"]["requests"] == 0
+            assert b'w2a_segment_llm_tokens_total{kind="prompt"} 300.0' in rig.get("/metrics")
+        assert len(server.requests) == 4 and server.requests[0]["key"] == f"Bearer {key}"
+        written = [p.read_bytes() for p in rig.folder.rglob("*") if p.is_file() and "valkey" not in p.parts]
+        assert written and not any(key.encode() in content for content in written)
+        assert len((rig.folder / "run" / "llm.jsonl").read_text().splitlines()) >= 3
+    finally:
+        server.close()
+
+
+def test_planner_llm_without_a_model(running: Rig) -> None:
+    result = running.ask({"instruction": "open the drawer", "planner": "llm"})
+    assert result["error"].startswith("planner: no language model is configured")

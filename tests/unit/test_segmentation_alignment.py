@@ -21,6 +21,7 @@ from world2act.segmentation import (
     align,
     candidates_of,
     default_planner,
+    load_schemas,
     segment_episode,
     segment_series,
     skill_index_online,
@@ -33,7 +34,8 @@ from world2act.types import Episode, M
 
 OPEN, PUCK, EMPTY = 0.0883, 0.035, 0.017
 PICK = "pick up the puck and place it at the goal"
-PICK_ONCE = TaskSchema("pick", (Step("pick", "contact_on"), Step("place", "end")), min_object_width_m=0.0205, start_frames=8)
+PICK_ONCE = TaskSchema("pick", (Step("pick", "contact_on"), Step("place", "end")))
+HAND = load_schemas().calibration("metaworld")
 TWICE = TaskSchema(
     "two", (Step("pick a", "contact_on"), Step("place a", "contact_off"), Step("pick b", "contact_on"), Step("place b", "end"))
 )
@@ -71,14 +73,14 @@ def test_alignment_gives_a_reason_per_boundary() -> None:
     ],
 )
 def test_false_positives_are_filtered_with_a_note(events: list[ContactEvent], ends: tuple[int, int], note: str) -> None:
-    found = align(events, PICK_ONCE, 40)
+    found = align(events, PICK_ONCE, 40, HAND)
     assert found.ends == ends
     assert any(note in n for n in found.notes), found.notes
 
 
 def test_missing_step_discards() -> None:
     for events in ([], [event(2, None)], [event(20, None, EMPTY)]):
-        found = align(events, PICK_ONCE, 40)
+        found = align(events, PICK_ONCE, 40, HAND)
         assert found.discarded is not None and found.discarded.startswith("step missing: ") and "'pick'" in found.discarded
         assert found.ends == ()
 
@@ -102,7 +104,7 @@ def test_optional_steps_are_used_if_events_provide_for_them() -> None:
 
 def test_steps_that_end_with_the_episode_need_no_contact() -> None:
     """Experts of drawer-close and door-open close the empty gripper from the first frame: no grasp, one skill."""
-    found = align([event(5, None, EMPTY)], default_planner().plan("close the drawer").schema, 44)
+    found = align([event(5, None, EMPTY)], default_planner().plan("close the drawer").schema, 44, HAND)
     assert found.ends == (44,) and found.notes == ("contact_on at 5 not used: no step ends there",)
 
 

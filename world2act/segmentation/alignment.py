@@ -7,12 +7,12 @@ An episode that lacks a step is discarded, with its reason.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
+from typing import Any, Protocol
 
-from world2act.segmentation.events import ContactEvent
+from world2act.segmentation.events import ContactEvent, GripperCalibration
 from world2act.segmentation.schemas import Step, TaskSchema
 from world2act.types import M
 
@@ -26,7 +26,8 @@ class AnswerRejectedError(ValueError):
 
 @dataclass(frozen=True)
 class Candidate:
-    """A frame at which a step may end. kind: contact_on (first frame of a contact) or contact_off (first frame after it)."""
+    """A frame at which a step may end. kind: contact_on (first frame of a contact) or contact_off (first frame after it), and
+    likewise touch_on and touch_off where something was pushed, not grasped."""
 
     index: int
     kind: str
@@ -44,28 +45,45 @@ class Alignment:
     discarded: str | None = None
 
 
+class Aligner(Protocol):
+    """Anything that finds where the steps end; `align` is the one that needs no LLM."""
+
+    def align(
+        self, events: Sequence[ContactEvent], schema: TaskSchema, actions: int, hand: GripperCalibration | None = None
+    ) -> Alignment:
+        """See `align`."""
+        ...
+
+
 def candidates_of(events: Sequence[ContactEvent]) -> tuple[Candidate, ...]:
     """Both ends of every event, in time order; a contact that lasts to the end has no contact_off."""
     found = []
     for e in events:
-        found.append(Candidate(e.onset, "contact_on", e.width_m))
+        kind = "contact" if e.kind == "grasp" else "touch"
+        found.append(Candidate(e.onset, f"{kind}_on", e.width_m))
         if e.offset is not None:
-            found.append(Candidate(e.offset, "contact_off", e.width_m))
-    return tuple(found)
+            found.append(Candidate(e.offset, f"{kind}_off", e.width_m))
+    return tuple(sorted(found, key=lambda c: c.index))
 
 
-def filter_events(events: Sequence[ContactEvent], schema: TaskSchema) -> tuple[tuple[ContactEvent, ...], tuple[str, ...]]:
-    """Events without false positives, and one note per event dropped: at the start, empty-handed, too close to the last one."""
+def filter_events(
+    events: Sequence[ContactEvent], schema: TaskSchema, hand: GripperCalibration | None = None
+) -> tuple[tuple[ContactEvent, ...], tuple[str, ...]]:
+    """Events without false positives, and one note per event dropped: at the start, empty-handed, too close to the last one.
+
+    A schema without a grasp keeps all of them: none of its steps ends at one. Touches are not judged by the hand's width.
+    """
+    if not any(s.ends in ("contact_on", "contact_off") for s in schema.steps):
+        return tuple(events), ()
+    start, thinnest = (hand.start_frames, hand.min_object_width_m) if hand else (0, 0.0)
     kept: list[ContactEvent] = []
     notes = []
     for e in events:
-        before = kept[-1].offset if kept else None
-        if e.onset < schema.start_frames:
-            notes.append(f"contact at {e.onset} ignored: closes before frame {schema.start_frames}, no grasp")
-        elif e.low_m < schema.min_object_width_m:
-            notes.append(
-                f"contact at {e.onset} ignored: closes to {e.low_m:.4f} m (< {schema.min_object_width_m:g}), nothing is held"
-            )
+        before = next((k.offset for k in reversed(kept) if k.kind == e.kind), None)
+        if e.kind == "grasp" and e.onset < start:
+            notes.append(f"contact at {e.onset} ignored: closes before frame {start}, no grasp")
+        elif e.kind == "grasp" and e.low_m < thinnest:
+            notes.append(f"contact at {e.onset} ignored: closes to {e.low_m:.4f} m (< {thinnest:g}), nothing is held")
         elif before is not None and e.onset - before < MIN_SEPARATION:
             notes.append(f"contact at {e.onset} ignored: {e.onset - before} frames after the last one (< {MIN_SEPARATION})")
         else:
@@ -91,12 +109,13 @@ def _match(kinds: list[str], given: Sequence[Candidate]) -> tuple[list[Candidate
     return useful, ""
 
 
-def align(events: Sequence[ContactEvent], schema: TaskSchema, actions: int) -> Alignment:
+def align(events: Sequence[ContactEvent], schema: TaskSchema, actions: int, hand: GripperCalibration | None = None) -> Alignment:
     """Steps of `schema` (prompts filled) with the frames at which they end, for an episode of `actions` actions.
 
+    hand: says which closures hold nothing; None: all of them hold something.
     Optional steps are used if the events provide for them: all of them first, then fewer.
     """
-    kept, notes = filter_events(events, schema)
+    kept, notes = filter_events(events, schema, hand)
     given = candidates_of(kept)
     optional = [i for i, s in enumerate(schema.steps) if s.optional]
     why = ""
@@ -120,13 +139,15 @@ def align(events: Sequence[ContactEvent], schema: TaskSchema, actions: int) -> A
     return Alignment((), (), (), notes, f"step missing: {why}, so where {missing!r} ends is unknown")
 
 
-def validate_answer(answer: Any, steps: Sequence[Step], given: Sequence[Candidate]) -> tuple[tuple[int, str], ...]:
-    """An external alignment, checked: ((index, reason), ...) for the steps that end at a contact.
+def validate_answer(
+    answer: Any, steps: Sequence[Step], given: Sequence[Candidate], missing: Container[int] = ()
+) -> tuple[tuple[int, str], ...]:
+    """An external alignment, checked: ((index, reason), ...) for the steps that end at a contact and are not `missing`.
 
     answer: {"boundaries": [{"step": position in `steps`, "index": a given index, "reason": text}]}, one per such step.
     Raises AnswerRejectedError saying what is wrong; the caller asks again or discards the episode.
     """
-    needed = [i for i, s in enumerate(steps) if s.ends != "end"]
+    needed = [i for i, s in enumerate(steps) if s.ends != "end" and i not in missing]
     if not isinstance(answer, Mapping) or not isinstance(answer.get("boundaries"), list):
         raise AnswerRejectedError("answer: must be an object with a list 'boundaries'")
     rows = answer["boundaries"]
@@ -134,7 +155,7 @@ def validate_answer(answer: Any, steps: Sequence[Step], given: Sequence[Candidat
         raise AnswerRejectedError(f"boundaries: wrong count, {len(rows)} given, {len(needed)} needed")
     kinds = {c.index: c.kind for c in given}
     last = -1
-    checked = []
+    checked: list[tuple[int, str]] = []
     for i, (row, step) in enumerate(zip(rows, needed, strict=True)):
         if not isinstance(row, Mapping) or type(row.get("index")) is not int or type(row.get("step")) is not int:
             raise AnswerRejectedError(f"boundaries[{i}]: integers 'step' and 'index' are needed")
@@ -145,6 +166,8 @@ def validate_answer(answer: Any, steps: Sequence[Step], given: Sequence[Candidat
             raise AnswerRejectedError(f"boundaries[{i}].index: {index} was not given; given are {sorted(kinds)}")
         if index <= last:
             raise AnswerRejectedError(f"boundaries[{i}].index: wrong order, {index} does not come after {last}")
+        if checked and index - last < MIN_SEPARATION:
+            raise AnswerRejectedError(f"boundaries[{i}].index: {index} is too close to {last} (< {MIN_SEPARATION} frames)")
         if kinds[index] != steps[step].ends:
             raise AnswerRejectedError(
                 f"boundaries[{i}].index: {index} is a {kinds[index]}, step {step} ends at {steps[step].ends}"

@@ -8,13 +8,15 @@ actual width is an optional second cue, for objects so wide that d never reaches
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 WidthArray = npt.NDArray[np.float64]
+EventKind = Literal["grasp", "touch"]
 
 MAX_WIDTH_M = 0.5
 """No gripper of this project opens wider; a larger value is in another unit."""
@@ -29,6 +31,8 @@ class GripperCalibration:
 
     gap_m and settle_m serve the commanded-versus-actual cue only: fingers that stay gap_m wider than commanded while
     moving less than settle_m a frame are held apart by an object.
+    min_object_width_m: fingers that get closer than this hold nothing: a missed grasp, or the object slipped.
+    start_frames: a closure before this frame is no grasp: the hand is still getting into its start pose.
     Raises ValueError naming the field when a value is out of range.
     """
 
@@ -39,6 +43,8 @@ class GripperCalibration:
     min_gap_frames: int = 3
     gap_m: float = 0.015
     settle_m: float = 0.001
+    min_object_width_m: float = 0.0
+    start_frames: int = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.open_width_m <= MAX_WIDTH_M:
@@ -48,9 +54,11 @@ class GripperCalibration:
                 f"delta_off_m, delta_on_m: 0 < delta_off_m <= delta_on_m <= open_width_m must hold, got {self.delta_off_m}, "
                 f"{self.delta_on_m} with open_width_m {self.open_width_m}"
             )
-        for name in ("min_frames", "min_gap_frames"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: {getattr(self, name)} must be at least 1")
+        for name, least in (("min_frames", 1), ("min_gap_frames", 1), ("start_frames", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: {getattr(self, name)} must be at least {least}")
+        if not 0 <= self.min_object_width_m < self.open_width_m:
+            raise ValueError(f"min_object_width_m: {self.min_object_width_m} must be in [0, open_width_m = {self.open_width_m})")
         for name in ("gap_m", "settle_m"):
             if not 0 < getattr(self, name) <= MAX_WIDTH_M:
                 raise ValueError(f"{name}: {getattr(self, name)} must be in (0, {MAX_WIDTH_M}] metres")
@@ -60,13 +68,15 @@ class GripperCalibration:
 class ContactEvent:
     """One contact: frames onset .. offset-1; offset is None while the contact still lasts at the last frame.
 
-    width_m is the median width while in contact: what is between the fingers; low_m the least: did it stay there.
+    width_m is the median width while in contact: what is between the fingers; low_m the least (dropouts of the sensor
+    left out): did it stay there. kind: grasp (between the fingers) or touch (something was pushed; see `touch_events`).
     """
 
     onset: int
     offset: int | None
     width_m: float
     low_m: float
+    kind: EventKind = "grasp"
 
 
 def check_widths(widths: npt.ArrayLike, frames: int | None = None, field: str = "gripper_width_m") -> WidthArray:
@@ -107,11 +117,28 @@ def contact_mask(w: WidthArray, calibration: GripperCalibration, commanded: Widt
     if commanded is not None:
         still = np.abs(np.diff(w, prepend=np.inf)) <= calibration.settle_m
         on = on | ((w - commanded >= calibration.gap_m) & still & ~off)
-    # State at t = that of the last decided frame: carry its index forward. Before any decision the gripper counts as open.
-    decided = on | off
-    last = np.maximum.accumulate(np.where(decided, np.arange(w.size), -1))
+    return hysteresis(on, off)
+
+
+def hysteresis(on: npt.NDArray[np.bool_], off: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """State (F,) that starts where `on` and lasts until `off`; off before any decision. No frame may be both."""
+    # State at t = that of the last decided frame: carry its index forward.
+    last = np.maximum.accumulate(np.where(on | off, np.arange(on.size), -1))
     mask: npt.NDArray[np.bool_] = on[last] & (last >= 0)
     return mask
+
+
+def spans(mask: npt.NDArray[np.bool_], min_frames: int, min_gap: int) -> list[tuple[int, int]]:
+    """Runs [start, end) of `mask` (F,) after gaps shorter than min_gap are closed, less those with fewer true frames than
+    min_frames; frames of closed gaps do not count."""
+    padded = np.zeros(mask.size + 2, np.bool_)
+    padded[1:-1] = mask
+    edges = np.flatnonzero(padded[1:] != padded[:-1])
+    starts, ends = edges[0::2], edges[1::2]
+    if starts.size > 1:
+        wide = starts[1:] - ends[:-1] >= min_gap
+        starts, ends = starts[np.r_[True, wide]], ends[np.r_[wide, True]]
+    return [(a, b) for a, b in zip(starts.tolist(), ends.tolist(), strict=True) if np.count_nonzero(mask[a:b]) >= min_frames]
 
 
 def contact_events(
@@ -126,24 +153,63 @@ def contact_events(
     w = check_widths(widths, frames)
     command = None if commanded is None else check_widths(commanded, w.size, "commanded_width_m")
     mask = contact_mask(w, calibration, command)
-    padded = np.zeros(w.size + 2, np.bool_)
-    padded[1:-1] = mask
-    edges = np.flatnonzero(padded[1:] != padded[:-1])
-    if edges.size == 0:
+    if not mask.any():
         return ()
-    starts, ends = edges[0::2], edges[1::2]
-    if starts.size > 1:
-        wide = starts[1:] - ends[:-1] >= calibration.min_gap_frames
-        starts, ends = starts[np.r_[True, wide]], ends[np.r_[wide, True]]
-    found = []
-    for a, b in zip(starts.tolist(), ends.tolist(), strict=True):
-        if np.count_nonzero(mask[a:b]) >= calibration.min_frames:
-            held = np.sort(w[a:b])
-            median = (held[(b - a) // 2] + held[(b - a - 1) // 2]) / 2
-            found.append(ContactEvent(a, b if b < w.size else None, float(median), float(held[0])))
+    found, real = [], _real(w, calibration)
+    for a, b in spans(mask, calibration.min_frames, calibration.min_gap_frames):
+        held = np.sort(w[a:b])
+        median = (held[(b - a) // 2] + held[(b - a - 1) // 2]) / 2
+        low = float(w[a:b][real[a:b]].min(initial=median))
+        found.append(ContactEvent(a, b if b < w.size else None, float(median), low))
     return tuple(found)
 
 
-def as_json(events: Sequence[ContactEvent]) -> list[dict[str, float | int | None]]:
+def _real(w: WidthArray, calibration: GripperCalibration) -> npt.NDArray[np.bool_]:
+    """Frames (F,) that are no dropouts of the sensor: dips of more than gap_m that end within min_frames.
+
+    (Fingers that slip off an object close and open again less steeply than that.)
+    """
+    n = calibration.min_frames
+    filled = _slide(np.minimum, _slide(np.maximum, np.pad(w, n - 1, mode="edge"), n), n)
+    real: npt.NDArray[np.bool_] = filled - w <= calibration.gap_m
+    return real
+
+
+def _slide(pick: np.ufunc, x: WidthArray, frames: int) -> WidthArray:
+    """`pick` (minimum or maximum) over each window of `frames` in x (F,): (F - frames + 1,)."""
+    result: WidthArray = pick.reduce([x[i : x.size - frames + 1 + i] for i in range(frames)], axis=0)
+    return result
+
+
+def calibrated(base: GripperCalibration, episodes: Iterable[npt.ArrayLike]) -> GripperCalibration:
+    """`base` with the fully-open width that the width series (F,) of one hand's episodes show, metres: the widest that each
+    keeps for min_frames, the median over episodes, so that neither a spike nor an episode that never opens decides.
+
+    Raises ValueError as `check_widths`, without episodes, and where the hand opens too little for the thresholds of `base`.
+    """
+    series = [check_widths(w) for w in episodes]
+    widest = [_slide(np.minimum, w, min(base.min_frames, w.size)).max() for w in series]
+    if not widest:
+        raise ValueError("episodes: at least one is needed to calibrate a hand")
+    return replace(base, open_width_m=float(np.median(widest)))
+
+
+def commanded_widths(commands: npt.ArrayLike, calibration: GripperCalibration) -> WidthArray:
+    """Gripper commands (F,), -1 open to +1 close (LIBERO, RoboCasa, Meta-World), as the widths they ask for, in metres.
+
+    For `contact_events(commanded=...)`. One command per frame: that of the action which led to the frame (so the first frame's
+    is the opening command). Raises ValueError naming the field for a command outside [-1, 1].
+    """
+    c = np.asarray(commands, dtype=np.float64)
+    if c.ndim != 1 or not np.isfinite(c).all() or (np.abs(c) > 1).any():
+        raise ValueError("gripper command: must be one number in [-1 (open), 1 (close)] per frame")
+    widths: WidthArray = calibration.open_width_m * (1 - c) / 2
+    return widths
+
+
+def as_json(events: Sequence[ContactEvent]) -> list[dict[str, float | int | str | None]]:
     """Events as JSON objects."""
-    return [{"onset": e.onset, "offset": e.offset, "width_m": round(e.width_m, 6), "low_m": round(e.low_m, 6)} for e in events]
+    return [
+        {"onset": e.onset, "offset": e.offset, "width_m": round(e.width_m, 6), "low_m": round(e.low_m, 6), "kind": e.kind}
+        for e in events
+    ]

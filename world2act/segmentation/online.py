@@ -64,9 +64,9 @@ class OnlineSkill:
         elif closure < self.calibration.delta_off_m:
             self._contact = False
         if self._contact and not was:
-            self._ignored = self._frame < self.schema.start_frames
+            self._ignored = self._frame < self.calibration.start_frames
         # Fingers that met once hold nothing until they have opened again, whatever they are pushed apart by.
-        self._empty = self._contact and (self._empty or w < self.schema.min_object_width_m)
+        self._empty = self._contact and (self._empty or w < self.calibration.min_object_width_m)
         self._frame += self.stride
         if self._ignored:
             self._ignored = self._contact

@@ -7,7 +7,7 @@ splits an instruction that no schema knows into verb phrases. An LLM planner is 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Protocol
 
@@ -22,7 +22,7 @@ from world2act.segmentation.schemas import (
     normalise,
 )
 
-_PARTICLES = r"up|down|out|off|over|back"
+_PARTICLES = r"up|down|out|on|off|over|back"
 
 
 @dataclass(frozen=True)
@@ -62,24 +62,40 @@ class RuleBasedPlanner:
         return self._cached(check_instruction(instruction), task)
 
     def _plan(self, instruction: str, task: str | None) -> Plan:
-        found = self.table.match(instruction)
-        if task is not None and (found is None or found.task != task):
-            # The simulator knows its task better than the wording does.
-            found = next((row.fill({}) for row in self.table.tasks if row.task == task), found)
-        if found is not None:
-            return Plan(instruction, found.task, found)
-        return Plan(instruction, None, self._generic(split_phrases(instruction, self.table)))
+        found = self.understand(instruction)
+        # The simulator knows its task better than the wording does.
+        row = next((row.fill({}) for row in self.table.tasks if row.task == task), None)
+        wording = self.table.instruction(task) if task is not None and row is None else None
+        known = row or (self.understand(wording) if wording else None)
+        if known is not None and found.task != known.task:
+            found = known
+        row_name = found.task if "+" not in found.task else ""
+        return Plan(instruction, task if known else row_name or None, found)
 
-    def _generic(self, phrases: list[str]) -> TaskSchema:
-        """A schema for phrases no row knows: picking ends at contact, all else at the end of contact (the paper's cycle)."""
+    def understand(self, instruction: str) -> TaskSchema:
+        """The row that knows the whole instruction, or the steps of its verb phrases one after the other.
+
+        Its task is the row's, the rows' joined by '+', or '' where a phrase is known to no row.
+        """
+        if (found := self.table.match(instruction)) is not None:
+            return found
+        phrases = split_phrases(instruction, self.table)
         if len(phrases) > MAX_STEPS:
             raise ValueError(f"instruction: has {len(phrases)} steps, the limit is {MAX_STEPS}")
-        steps = []
-        for i, phrase in enumerate(phrases):
-            kind = self.table.verbs.get(phrase.split()[0])
-            last = i == len(phrases) - 1
-            steps.append(Step(phrase, "end" if last else "contact_on" if kind == "contact_on" else "contact_off"))
-        return TaskSchema("", tuple(steps))
+        steps: list[Step] = []
+        rows = []
+        for phrase in phrases:
+            holding = bool(steps) and steps[-1].ends == "contact_on"  # then "put it down" is one step, not a pick and a place
+            row = None if holding else self.table.match(phrase)
+            rows.append(row)
+            ends = self.table.verbs.get(phrase.split()[0])
+            new = list(row.steps) if row else [Step(phrase, "contact_on" if ends == "contact_on" else "contact_off")]
+            # A step that would end with the episode ends with its contact: something follows (the paper's action cycle).
+            steps += [replace(s, ends="contact_off") if s.ends == "end" else s for s in new]
+        steps[-1] = replace(steps[-1], ends="end")
+        if len(steps) > MAX_STEPS:
+            raise ValueError(f"instruction: has {len(steps)} steps, the limit is {MAX_STEPS}")
+        return TaskSchema("+".join(r.task for r in rows if r) if all(rows) else "", tuple(steps))
 
 
 def split_phrases(instruction: str, table: SchemaTable) -> list[str]:
@@ -97,13 +113,32 @@ def split_phrases(instruction: str, table: SchemaTable) -> list[str]:
         if phrases and part.split()[0] not in table.verbs and "then" not in separator:
             phrases[-1] += f"{', ' if separator.strip() == ',' else ' and '}{part}"
             continue
-        if phrases and (noun := _object(phrases[-1])):
+        of = _place if part.split()[0] in ("open", "close", "shut") else _object  # "put it in the drawer and close it"
+        if phrases and (noun := of(phrases[-1])):
             part = re.sub(r"\b(?:it|them)\b", noun, part, count=1)
         phrases.append(part)
     return phrases or [normalise(instruction)]
+
+
+def _place(phrase: str) -> str:
+    """'put the red cup in the drawer' -> 'the drawer'; the object if there is none."""
+    *_, last = re.split(rf"\s*\b(?:{'|'.join(PREPOSITIONS)})\b\s*", phrase)
+    return last if last != phrase else _object(phrase)
 
 
 def _object(phrase: str) -> str:
     """'pick up the red cup from the shelf' -> 'the red cup'; '' if there is none."""
     rest = re.sub(rf"^\S+\s*(?:(?:{_PARTICLES})\s+)?", "", phrase)
     return re.split(rf"\s*\b(?:{'|'.join(PREPOSITIONS)})\b", rest, maxsplit=1)[0].strip()
+
+
+def check_suites(table: SchemaTable) -> list[str]:
+    """What is wrong with the suites: one line per instruction that the rows do not know whole, naming the field."""
+    planner = RuleBasedPlanner(table)
+    return [
+        f"schemas.suites.{suite.name}.{task}: no row's pattern knows all of {text!r}; understood so far: "
+        + "; ".join(planner.understand(text).prompts)
+        for suite in table.suites
+        for task, text in suite.instructions.items()
+        if not planner.understand(text).task
+    ]

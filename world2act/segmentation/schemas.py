@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 
 from world2act.segmentation.events import GripperCalibration
 
-Ending = Literal["contact_on", "contact_off", "end"]
+Ending = Literal["contact_on", "contact_off", "touch_on", "touch_off", "end"]
 ENDINGS: tuple[str, ...] = get_args(Ending)
 
 MAX_INSTRUCTION = 500
@@ -26,12 +26,15 @@ MAX_STEPS = 32
 
 DEFAULT_EMBODIMENT = "metaworld"
 
-# A noun phrase: words, but never a conjunction (a pattern must not swallow a second command) or a particle.
-_WORD = r"(?!(?:and|then|up|down)\b)[\w'-]+"
 PREPOSITIONS = (
     *("at", "on", "onto", "in", "into", "to", "from", "with", "over", "under", "near", "inside", "beside", "off", "out"),
-    *("toward", "towards", "by"),
+    *("toward", "towards", "by", "between", "next", "behind"),
 )
+# A noun phrase: words, but never a conjunction (a pattern must not swallow a second command) or a particle; a short one has
+# no preposition either. Two colours may be joined: "the yellow and white mug".
+_WORD = r"(?!(?:and|then|up|down)\b)[\w'-]+"
+_SHORT_WORD = rf"(?!(?:and|then|up|down|{'|'.join(PREPOSITIONS)})\b)[\w'-]+"
+_COLOURS = r"(?:(?:the |a )?(?:black|white|yellow|red|blue|green|brown) and )?"
 _DETERMINERS = ("the", "a", "an", "this", "that", "my", "your", "its", "all", "both", "some", "it", "them")
 
 
@@ -46,24 +49,31 @@ class Step:
 
 @dataclass(frozen=True)
 class TaskSchema:
-    """One row of schemas.json; widths in metres."""
+    """One row of schemas.json."""
 
     task: str
     steps: tuple[Step, ...]
     patterns: tuple[str, ...] = ()
     slots: Mapping[str, str] = field(default_factory=dict)
-    min_object_width_m: float = 0.0
-    start_frames: int = 0
 
     def fill(self, slots: Mapping[str, str]) -> TaskSchema:
         """The same schema with prompts filled from `slots`, then from the row's defaults."""
         values = {**self.slots, **slots}
-        return replace(self, steps=tuple(replace(s, prompt=s.prompt.format(**values)) for s in self.steps))
+        return replace(self, steps=tuple(replace(s, prompt=" ".join(s.prompt.format(**values).split())) for s in self.steps))
 
     @property
     def prompts(self) -> tuple[str, ...]:
         """Prompts of the steps that must occur, in order."""
         return tuple(s.prompt for s in self.steps if not s.optional)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A benchmark's tasks: its name for each -> one instruction as the benchmark words it; the hand that does them."""
+
+    name: str
+    embodiment: str
+    instructions: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -74,6 +84,12 @@ class SchemaTable:
     calibrations: Mapping[str, GripperCalibration]
     verbs: Mapping[str, Ending | Literal["other"]]
     compiled: tuple[tuple[re.Pattern[str], TaskSchema], ...] = ()
+    suites: tuple[Suite, ...] = ()
+
+    def instruction(self, task: str) -> str | None:
+        """How the benchmark that has a task of this name words it (a LIBERO name may have its scene in front), or None."""
+        name = re.sub(r"^[A-Z_]+_SCENE\d+_", "", task)
+        return next((s.instructions[name] for s in self.suites if name in s.instructions), None)
 
     def task(self, name: str) -> TaskSchema:
         """The row of task `name`. Raises ValueError naming the choices."""
@@ -123,27 +139,30 @@ def normalise(instruction: str) -> str:
 def with_determiner(phrase: str) -> str:
     """'drawer' -> 'the drawer', 'on shelf' -> 'on the shelf'; a phrase that has a determiner stays."""
     first, _, rest = phrase.partition(" ")
-    if first in PREPOSITIONS and rest:
-        return f"{first} {with_determiner(rest)}"
+    if rest.startswith("top of "):  # "on top of cabinet"
+        return f"{first} top of {with_determiner(rest.removeprefix('top of '))}"
+    if first in PREPOSITIONS:
+        return f"{first} {with_determiner(rest)}" if rest else first
     return phrase if first in _DETERMINERS else f"the {phrase}"
 
 
 def _compile(pattern: str) -> re.Pattern[str]:
-    """A pattern of schemas.json as a regular expression: <name> a noun phrase, <name:a|b> one that ends with a or b."""
+    """A pattern of schemas.json as a regular expression: <name> a noun phrase, <name:a|b> one that ends with a or b, <name!> one
+    without prepositions."""
 
     def noun_phrase(found: re.Match[str]) -> str:
-        name, head = found[1], found[2]
-        words = rf"(?:{_WORD} ){{0,6}}"
-        return rf"(?P<{name}>{words}(?:{head}))" if head else rf"(?P<{name}>{words}{_WORD})"
+        name, short, head = found[1], found[2], found[3]
+        word = _SHORT_WORD if short else _WORD
+        return rf"(?P<{name}>{_COLOURS}(?:{word} ){{0,9}}{f'(?:{head})' if head else word})"
 
-    return re.compile(re.sub(r"(?<!\?P)(?<!\?)<(\w+)(?::([\w| -]+))?>", noun_phrase, pattern))
+    return re.compile(re.sub(r"(?<!\?P)(?<!\?)<(\w+)(!?)(?::([\w| -]+))?>", noun_phrase, pattern))
 
 
 def _schema(row: Any, where: str) -> TaskSchema:
     """One task row. Raises ValueError naming the row and field."""
     if not isinstance(row, dict) or not isinstance(row.get("task"), str) or not row["task"]:
         raise ValueError(f"{where}.task: a name is needed")
-    known = {"task", "patterns", "slots", "min_object_width_m", "start_frames", "steps"}
+    known = {"task", "patterns", "slots", "steps"}
     if unknown := set(row) - known:
         raise ValueError(f"{where}: unknown field {sorted(unknown)[0]!r}; there are {', '.join(sorted(known))}")
     steps, slots = row.get("steps"), row.get("slots", {})
@@ -165,10 +184,22 @@ def _schema(row: Any, where: str) -> TaskSchema:
         made.append(Step(step["prompt"], step["ends"], bool(step.get("optional", False))))
     if all(s.optional for s in made):
         raise ValueError(f"{where}.steps: at least one step must not be optional")
-    minimum, start = row.get("min_object_width_m", 0.0), row.get("start_frames", 0)
-    if not isinstance(minimum, int | float) or minimum < 0 or not isinstance(start, int) or start < 0:
-        raise ValueError(f"{where}: min_object_width_m and start_frames must be numbers of at least 0")
-    return TaskSchema(row["task"], tuple(made), tuple(row.get("patterns", ())), dict(slots), float(minimum), start)
+    return TaskSchema(row["task"], tuple(made), tuple(row.get("patterns", ())), dict(slots))
+
+
+def _suite(name: str, row: Any, calibrations: Mapping[str, GripperCalibration]) -> Suite:
+    """One suite; a list of instructions names its tasks as LIBERO does, with underscores. Raises ValueError naming the field."""
+    where = f"schemas.suites.{name}"
+    if not isinstance(row, dict) or set(row) != {"embodiment", "tasks"}:
+        raise ValueError(f"{where}: must be an object with embodiment and tasks")
+    if row["embodiment"] not in calibrations:
+        raise ValueError(f"{where}.embodiment: {row['embodiment']!r} has no calibration; there are {', '.join(calibrations)}")
+    tasks = row["tasks"]
+    if isinstance(tasks, list) and all(isinstance(text, str) for text in tasks):
+        tasks = {text.replace(" ", "_"): text for text in tasks}
+    if not isinstance(tasks, dict) or not tasks or not all(isinstance(text, str) for text in tasks.values()):
+        raise ValueError(f"{where}.tasks: must be instructions, or an object of task names and instructions")
+    return Suite(name, row["embodiment"], {task: check_instruction(text) for task, text in tasks.items()})
 
 
 def parse_schemas(content: Any) -> SchemaTable:
@@ -193,13 +224,21 @@ def parse_schemas(content: Any) -> SchemaTable:
         except TypeError as e:
             raise ValueError(f"schemas.calibrations.{name}: {e}") from None
     verbs = {verb: kind for kind, group in content.get("verbs", {}).items() for verb in group}
-    return SchemaTable(tasks, calibrations, verbs, tuple(compiled))
+    suites = tuple(_suite(name, row, calibrations) for name, row in content.get("suites", {}).items())
+    return SchemaTable(tasks, calibrations, verbs, tuple(compiled), suites)
 
 
-@lru_cache(maxsize=8)
 def load_schemas(path: Path | None = None) -> SchemaTable:
     """The table at `path`, by default the one shipped with the package. Raises ValueError as `parse_schemas`."""
-    text = path.read_text() if path else (resources.files(__package__) / "schemas.json").read_text()
+    return _parse(path.read_text()) if path else _shipped()
+
+
+@lru_cache(maxsize=1)
+def _shipped() -> SchemaTable:
+    return _parse((resources.files(__package__) / "schemas.json").read_text())
+
+
+def _parse(text: str) -> SchemaTable:
     try:
         return parse_schemas(json.loads(text))
     except json.JSONDecodeError as e:

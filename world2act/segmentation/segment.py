@@ -8,16 +8,20 @@ so the clip it was trained on and the skill it is given agree. An incomplete las
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
-from world2act.segmentation.alignment import align
+from world2act.segmentation.alignment import Aligner, Alignment, AnswerRejectedError, align
+from world2act.segmentation.cues import merge_events
 from world2act.segmentation.events import ContactEvent, GripperCalibration, check_widths, contact_events
 from world2act.segmentation.planner import Plan, Planner, RuleBasedPlanner
 from world2act.segmentation.schemas import DEFAULT_EMBODIMENT, load_schemas
+from world2act.segmentation.visual import change_points
 from world2act.types import Episode, M, Skill
 
 
@@ -60,10 +64,9 @@ def snap(frame: int, start: int) -> int:
     return start + -(-(frame - start) // M) * M
 
 
-def _cut(plan: Plan, events: tuple[ContactEvent, ...], actions: int) -> Segmentation:
-    """Skills from events; discards with a reason what the schema does not explain or what is shorter than a chunk."""
+def _cut(plan: Plan, found: Alignment, events: tuple[ContactEvent, ...], actions: int) -> Segmentation:
+    """Skills from aligned events; discards with a reason what the schema does not explain or what is shorter than a chunk."""
     usable = actions // M * M
-    found = align(events, plan.schema, actions)
     skills: list[Skill] = []
     discarded, start = found.discarded, 0
     if discarded is None and usable == 0:
@@ -89,26 +92,70 @@ def segment_series(
     frames: int | None = None,
     calibration: GripperCalibration | None = None,
     commanded: npt.ArrayLike | None = None,
+    touches: Sequence[ContactEvent] = (),
     planner: Planner | None = None,
+    aligner: Aligner | None = None,
 ) -> Segmentation:
     """Skills from gripper widths (F,) in metres, one per frame: F frames are F - 1 actions.
 
     task: the simulator's task name where known (else the instruction decides); frames: how many frames the episode has, to
-    check the length against; calibration: default Meta-World's; commanded: (F,) commanded widths, the second cue.
+    check the length against; calibration: default Meta-World's; commanded: (F,) commanded widths, the second cue; touches:
+    pushes that the source knows of (`touch_events`); planner, aligner: default the rules, without a network.
     Raises ValueError naming the field and the limit for bad widths or a bad instruction. A *readable* episode that does not
-    show its steps is no error: it comes back discarded, with its reason.
+    show its steps is no error: it comes back discarded, with its reason; so does one whose planner gave no valid plan.
     """
     w = check_widths(widths, frames)
-    plan = (planner or default_planner()).plan(instruction, task)
     calibration = calibration or load_schemas().calibration(DEFAULT_EMBODIMENT)
-    return _cut(plan, contact_events(w, calibration, commanded=commanded), w.size - 1)
+    events = merge_events(contact_events(w, calibration, commanded=commanded), touches)
+    try:
+        plan = (planner or default_planner()).plan(instruction, task)
+    except AnswerRejectedError as e:
+        return Segmentation((), f"no plan: {e}", events, (), length=w.size - 1)
+    found = (aligner.align if aligner else align)(events, plan.schema, w.size - 1, calibration)
+    return _cut(plan, found, events, w.size - 1)
+
+
+def segment_film(
+    embeddings: npt.ArrayLike,
+    instruction: str,
+    *,
+    task: str | None = None,
+    planner: Planner | None = None,
+    min_interval: int = 18,
+) -> Segmentation:
+    """Skills of an episode without a gripper signal, cut where its film changes; embeddings (F, E), see `change_points`.
+
+    Each step that must occur ends at a change point, in order; another number of them discards the episode. Weaker than
+    `segment_series`: nothing says *what* happened there. Raises ValueError naming the field.
+    """
+    points = change_points(embeddings, min_interval=min_interval)
+    actions = len(np.asarray(embeddings)) - 1
+    plan = (planner or default_planner()).plan(instruction, task)
+    steps = tuple(s for s in plan.schema.steps if not s.optional)
+    if len(points) != len(steps) - 1:
+        reason = f"step missing: {len(points)} visual change points found, {len(steps) - 1} needed"
+        return _cut(plan, Alignment((), (), (), (), reason), (), actions)
+    steps = (*(replace(s, ends="contact_off") for s in steps[:-1]), replace(steps[-1], ends="end"))
+    reasons = [f"{s.prompt!r} ends at a visual change point, frame {p}" for s, p in zip(steps, points, strict=False)]
+    ends = (*points, actions)
+    return _cut(plan, Alignment(steps, ends, (*reasons, f"{steps[-1].prompt!r} ends with the episode"), ()), (), actions)
 
 
 def segment_episode(
-    episode: Episode, *, calibration: GripperCalibration | None = None, planner: Planner | None = None
+    episode: Episode,
+    *,
+    calibration: GripperCalibration | None = None,
+    planner: Planner | None = None,
+    aligner: Aligner | None = None,
 ) -> Segmentation:
     """Skills of a recorded episode; see `segment_series`. Skill indices count its actions (frames start .. end)."""
     frames = len(episode.actions) + 1
     return segment_series(
-        episode.widths, episode.instruction, task=episode.task, frames=frames, calibration=calibration, planner=planner
+        episode.widths,
+        episode.instruction,
+        task=episode.task,
+        frames=frames,
+        calibration=calibration,
+        planner=planner,
+        aligner=aligner,
     )
