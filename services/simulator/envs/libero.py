@@ -7,6 +7,9 @@ Scenes (docs/decisions/011-libero-scenes.md): the first 50 scenes of split "eval
 the task; every other scene is drawn from the regions of its BDDL file under the seed. Either way the scene first rests for
 SETTLE actions, as published evaluations do. Robosuite draws from NumPy's global generator: it is seeded here and put back.
 
+Images are upright and not mirrored. Published policies see LIBERO's raw images turned by half a turn; those are upside down, not
+turned, so what such policies know is mirrored left to right: an adapter for them flips the columns.
+
 LIBERO needs meshes that its package does not hold: see libero_files.py. Each task's simulator takes 2 s to build and about
 0.3 GB; the MOST_SCENES last used are kept.
 """

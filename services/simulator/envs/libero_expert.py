@@ -2,7 +2,7 @@
 
 It reads the goal of the task's BDDL file. (On or In object place): hover, descend, close, lift, carry, lower, open, retreat; what
 is carried is steered by its own pose, so a crooked grasp does not matter, and a grasp that misses or is lost starts over with
-the next best one. An object to be pushed (its place is on the table) is dragged by a closed gripper inside its rim.
+the next best one. An object to be pushed (its place is on the table) is dragged by a closed gripper that presses on its middle.
 (Turnon fixture): the knob is grasped and turned. Other goals (drawers, conjunctions) have no expert.
 
 All that it remembers is `Memory`; what it does next is a function of that and the simulator's state.
@@ -31,7 +31,8 @@ CLEARANCE = 0.04  # metres between what is carried and what it passes over
 APPROACH = 0.08  # metres above a grasp from which the gripper descends
 PATIENCE = {"hover": 60, "descend": 30, "close": 9, "lift": 40, "carry": 60, "lower": 35, "open": 7, "retreat": 12}
 TURN = 1.4  # radians
-PUSH_DEPTH = 0.018  # metres above a plate's origin: inside its rim, above its bottom
+PUSH_DEPTH = 0.010  # metres above a plate's origin, 4 mm into its bottom: pressed down, it comes along by friction
+PUSH_LEAD = 0.02  # metres ahead; faster, the fingers slip over the rim
 
 
 @dataclass
@@ -154,7 +155,7 @@ class Expert:
         if self.verb == "turnon":
             memory.grasp = self.knob()
         elif self.is_push():
-            memory.grasp = self.inside()
+            memory.grasp = self.middle()
         else:
             found = grasps(self.points(self.thing), self.others())
 
@@ -237,10 +238,10 @@ class Expert:
         way = target[:2] - thing[:2]
         share = np.clip(((others[:, :2] - thing[:2]) @ way) / max(float(way @ way), 1e-6), 0.0, 1.0)
         near = others[np.linalg.norm(others[:, :2] - thing[:2] - share[:, None] * way, axis=1) < 0.09]
-        return max(float(near[:, 2].max()) if len(near) else target[2], target[2])
+        return float(max(near[:, 2].max() if len(near) else target[2], target[2]))
 
-    def inside(self) -> Grasp:
-        """Inside the plate's rim, in its middle."""
+    def middle(self) -> Grasp:
+        """On the middle of a plate."""
         return Grasp(self.position(self.thing) + PUSH_DEPTH * UP, 0.0, 0.0)
 
     def push(self) -> Points:
@@ -252,7 +253,7 @@ class Expert:
         if memory.stage in ("close", "lift"):
             if self.env._check_success() and np.linalg.norm(way) < 0.025:
                 self.enter("retreat")
-            ahead = hand[:2] + 0.035 * way / max(float(np.linalg.norm(way)), 1e-6)
+            ahead = hand[:2] + PUSH_LEAD * way / max(float(np.linalg.norm(way)), 1e-6)
             if np.linalg.norm(hand[:2] - self.position(self.thing)[:2]) > 0.09:  # it slipped over the rim
                 self.enter("plan")
             return self.go(np.array([*ahead, grasp.position[2]]), grasp.yaw, CLOSE)

@@ -71,7 +71,7 @@ def grasps(points: Points, others: Points) -> list[Grasp]:
     height = max(bottom + TIP + 0.003, top - DEPTH)
     slab = points[np.abs(points[:, 2] - height) < 0.011]
     found = [g for yaw in YAWS if (g := across(slab, others, float(yaw), height)) is not None]
-    found = found or [rim(points, others, float(angle), top - 0.018) for angle in RIM_ANGLES]
+    found = found or [rim(points, others, float(angle), max(bottom + TIP + 0.003, top - 0.018)) for angle in RIM_ANGLES]
     return sorted(found, key=lambda grasp: grasp.cost)
 
 
