@@ -30,6 +30,8 @@ OPEN, CLOSE = -1.0, 1.0
 CLEARANCE = 0.04  # metres between what is carried and what it passes over
 APPROACH = 0.08  # metres above a grasp from which the gripper descends
 PATIENCE = {"hover": 60, "descend": 30, "close": 9, "lift": 40, "carry": 60, "lower": 35, "open": 7, "retreat": 12}
+MOVING = ("lift", "carry", "lower")
+LOOSE = 5  # actions without both fingers' contact after which a thing is lost; contacts flicker while it settles in the grip
 TURN = 1.4  # radians
 PUSH_DEPTH = 0.010  # metres above a plate's origin, 4 mm into its bottom: pressed down, it comes along by friction
 PUSH_LEAD = 0.02  # metres ahead; faster, the fingers slip over the rim
@@ -46,6 +48,7 @@ class Memory:
     last_height: float = np.inf
     travel: float = 0.0  # top of what the thing is carried over
     turned: float = 0.0
+    loose: int = 0
 
 
 class Expert:
@@ -193,10 +196,11 @@ class Expert:
             if self.late():
                 self.enter("lift")
             return self.go(grasp.position, grasp.yaw, CLOSE)
-        if memory.stage in ("lift", "carry", "lower") and memory.ticks > 3 and not self.held() and not self.env._check_success():
+        memory.loose = 0 if memory.stage not in MOVING or self.held() or self.env._check_success() else memory.loose + 1
+        if memory.loose > LOOSE:
             self.enter("plan")
             return self.go(hand + 0.02 * UP, grasp.yaw, OPEN)
-        if memory.stage in ("lift", "carry", "lower"):
+        if memory.stage in MOVING:
             return self.carry(grasp)
         if memory.stage == "open":
             if self.late():
@@ -220,7 +224,7 @@ class Expert:
             start = where if points[:, 2].min() > target[2] + CLEARANCE and hand[2] > height - 0.06 else hand
             return self.go(np.array([*start[:2], height]), grasp.yaw, CLOSE)
         if memory.stage == "carry":
-            if off < 0.012 or self.late():
+            if off < 0.018 or self.late():
                 self.enter("lower")
             where[2] = height
             return self.go(where, grasp.yaw, CLOSE)
