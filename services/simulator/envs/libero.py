@@ -46,7 +46,7 @@ from services.simulator.settings import SimulatorSettings
 from world2act.splits import Split, split_of_seed
 from world2act.types import FloatArray, ImageArray, M
 
-OPEN_WIDTH = 0.0795  # metres between the fingers after reset; measured
+OPEN_WIDTH = 0.0775  # metres between the fingers after reset, always; held open, they creep on to 0.080
 SETTLE = 10  # actions before an episode, as in published evaluations: objects are placed a little above what they stand on
 REST = np.array([0, 0, 0, 0, 0, 0, -1.0])
 MOST_SCENES = 3
@@ -155,22 +155,22 @@ class LiberoEnvironment(Environment):
         return self._expert.act()
 
     def expert_preview(self) -> tuple[FloatArray, dict[str, ImageArray]]:
-        """See the base class. It plays on, then puts back MuJoCo's data and the little that robosuite keeps itself."""
+        """See the base class. It plays on a copy of MuJoCo's data, then puts back the little that robosuite keeps itself."""
         scene = self._running()
         if self._expert is None:
             self._expert = Expert(scene.env, self._task)
         actions: list[FloatArray] = []
         shown: list[dict[str, ImageArray]] = []
         robot, memory = scene.env.robots[0], copy.deepcopy(self._expert.memory)
-        kept = mujoco.MjData(scene.model)
-        mujoco.mj_copyData(kept, scene.model, scene.data)
+        kept = scene.env.sim.data._data
+        scene.env.sim.data._data = copy.copy(kept)
         owners = (scene.env, robot, robot.gripper, robot.controller)
         values = [plain_values(owner) for owner in owners]
         for _ in range(M):
             actions.append(self._expert.act())
             scene.env.step(actions[-1].astype(np.float64))
             shown.append(self._render())
-        mujoco.mj_copyData(scene.data, scene.model, kept)
+        scene.env.sim.data._data = kept
         for owner, value in zip(owners, values, strict=True):
             vars(owner).update(value)
         self._expert.memory = memory
@@ -264,7 +264,7 @@ def build_scene(task: str) -> Scene:
             str(files.bddl_file(task)),
             robots=["Panda"],
             controller_configs=robosuite.load_controller_config(default_controller="OSC_POSE"),
-            initialization_noise=None,
+            initialization_noise="default",  # 0.02 rad on each joint, as in the shipped states
             use_camera_obs=False,
             has_renderer=False,
             has_offscreen_renderer=False,
