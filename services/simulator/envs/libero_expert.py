@@ -168,6 +168,7 @@ class Expert:
 
             memory.grasp = min(found, key=lambda grasp: grasp.cost + 1.0 * again(grasp))
         memory.tried.append(np.array([*memory.grasp.position[:2], 0.03 * memory.grasp.yaw]))
+        memory.loose = 0
         memory.travel = self.travel_height(self.position(self.thing), self.target()) if self.verb != "turnon" else 0.0
         self.enter("hover")
 
