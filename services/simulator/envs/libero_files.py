@@ -41,6 +41,10 @@ ASSET_FOLDERS = (
     "textures",
     "turbosquid_objects",
 )
+ARRAY_OPCODES = {"PROTO", "GLOBAL", "MARK", "REDUCE", "BUILD", "STOP", "NONE", "NEWFALSE", "NEWTRUE", "BINUNICODE"} | {
+    *("BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET", "BININT", "BININT1", "BININT2", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3")
+}
+"""Opcodes of a pickled array: no list, no dictionary."""
 STAND_IN_MARK = "STAND-INS"
 STAND_IN_WARNING = (
     "LIBERO runs with STAND-IN MESHES: pictures and some masses differ; results are NOT comparable with published numbers"
@@ -115,7 +119,7 @@ def read_array(path: Path) -> npt.NDArray[np.float64]:
     expected = {"numpy.core.multiarray _reconstruct", "numpy ndarray", "_codecs encode", "numpy dtype"}
     ops = [op for op, _ in operations]
     texts = [str(arg) for op, arg in operations if op == "BINUNICODE"]
-    if names == expected and "f8" in texts and "<" in texts and ops.count("TUPLE2") >= 2:
+    if set(ops) <= ARRAY_OPCODES and names == expected and "f8" in texts and "<" in texts and ops.count("TUPLE2") >= 2:
         # ..., MARK, version, rows, columns, TUPLE2 (the shape), dtype, ..., the bytes as a latin-1 text
         end = next((i for i, op in enumerate(ops) if op == "TUPLE2" and ops[i - 1].startswith("BININT")), 0)
         rows, columns = (int(str(arg)) for _, arg in operations[end - 2 : end]) if end else (0, 0)
