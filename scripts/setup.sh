@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Sets up everything that `make demo` and `make test` need: system libraries (apt, as root or by sudo) and a Python environment in .venv.
-# Usage: scripts/setup.sh [all|dev]
+# Usage: scripts/setup.sh [all|dev|libero]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 extra=${1:-all}
@@ -35,4 +35,8 @@ fi
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 echo "Installing Python packages into .venv (several minutes the first time)"
 .venv/bin/python -m pip install -q --disable-pip-version-check -e ".[$extra]"
+if [ "$extra" != all ]; then  # see [dependency-groups] in pyproject.toml
+  .venv/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]["libero"], sep="\n")' |
+    .venv/bin/python -m pip install -q --disable-pip-version-check --no-deps -r /dev/stdin
+fi
 echo "$wanted" > "$stamp"

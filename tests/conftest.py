@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -12,6 +13,11 @@ import redis
 
 from services.runtime.streams import connect
 from tests.processes import ValkeyProcess, running_valkey
+
+# Stand-ins for LIBERO's meshes; a user's own download, named by the variable, goes before.
+STAND_INS = Path(__file__).resolve().parents[2] / "shared/libero-assets.tar.xz"
+if STAND_INS.exists():
+    os.environ.setdefault("W2A_LIBERO_ASSETS", str(STAND_INS))
 
 
 @pytest.fixture(scope="session")

@@ -42,6 +42,13 @@ def scene_seed(split: Split, index: int) -> int:
     return list(Split).index(split) * INDICES_PER_SPLIT + index
 
 
+def split_of_seed(seed: int) -> tuple[Split | None, int]:
+    """The inverse of `scene_seed`; None for seeds beyond all splits (tests use them)."""
+    number, index = divmod(seed, INDICES_PER_SPLIT)
+    splits = list(Split)
+    return (splits[number] if number < len(splits) else None), index
+
+
 def require(found: Iterable[str], allowed: Iterable[Split], where: str) -> None:
     """Raise LeakageError unless every split in `found` is allowed at `where` (a short name for the message)."""
     permitted = set(allowed)

@@ -46,7 +46,7 @@ class CollectSettings:
     split: tyro.conf.EnumChoicesFromValues[Split] = Split.WORLDMODEL
     """Whose scenes to use."""
     tasks: tuple[str, ...] = ()
-    """Tasks; none: all that the simulator has."""
+    """Tasks, or patterns such as 'libero_object-*'; none: all that the simulator has."""
     episodes: Annotated[int, tyro.conf.arg(metavar="N")] = 100
     """Episodes to keep per task."""
     perturbed_share: float = 0.0
@@ -187,9 +187,7 @@ def work(connection: Connection, settings: CollectSettings) -> None:
 def collect(settings: CollectSettings, console: Console | None = None) -> list[Tally]:
     """Collect all tasks; returns their tallies. Raises ValueError for bad settings, RuntimeError when a task or worker failed."""
     probe = base.make(settings.simulator)
-    tasks = list(settings.tasks or [task.name for task in probe.spec.tasks])
-    for task in tasks:
-        probe.spec.task(task)
+    tasks = base.matching_tasks(probe.spec, settings.tasks)
     probe.close()
     for name, value, low, high in (
         ("episodes", settings.episodes, 1, 100_000),

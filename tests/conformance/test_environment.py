@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 
 from services.simulator.collect import record
-from services.simulator.envs import base
+from services.simulator.envs import base, libero_files
 from world2act.splits import Split, scene_seed
 from world2act.types import ImageArray, M
+
+MILK = "libero_object-pick_up_the_milk_and_place_it_in_the_basket"
 
 
 @dataclass(frozen=True)
@@ -23,9 +25,29 @@ class Probe:
     forward: int  # action axis that moves it towards what the wrist camera shows at the top
     gripper: int  # action axis of the gripper
     expert_tasks: tuple[str, ...] = ()  # tasks whose recorded expert is replayed
+    looked_at: tuple[str, ...] = ()  # tasks that are reset and looked at; none: all
+    missing: Callable[[], str] = str  # why it cannot run here; empty: it can
 
 
-PROBES = {"metaworld": Probe("drawer-open", up=2, forward=1, gripper=3, expert_tasks=("push", "drawer-open"))}
+PROBES = {
+    "metaworld": Probe("drawer-open", up=2, forward=1, gripper=3, expert_tasks=("push", "drawer-open")),
+    "libero": Probe(
+        MILK,
+        up=2,
+        forward=0,
+        gripper=6,
+        expert_tasks=(MILK,),
+        looked_at=(  # each of 40 takes seconds to build; one of every kind of scene
+            MILK,
+            "libero_spatial-pick_up_the_black_bowl_on_the_stove_and_place_it_on_the_plate",
+            "libero_goal-open_the_middle_drawer_of_the_cabinet",
+            "libero_10-KITCHEN_SCENE6_put_the_yellow_and_white_mug_in_the_microwave_and_close_it",
+            "libero_10-LIVING_ROOM_SCENE2_put_both_the_cream_cheese_box_and_the_butter_in_the_basket",
+            "libero_10-STUDY_SCENE1_pick_up_the_book_and_place_it_in_the_back_compartment_of_the_caddy",
+        ),
+        missing=libero_files.missing,
+    ),
+}
 
 
 def test_every_simulator_has_a_probe() -> None:
@@ -34,6 +56,8 @@ def test_every_simulator_has_a_probe() -> None:
 
 @pytest.fixture(scope="module", params=sorted(base.REGISTRY))
 def env(request: pytest.FixtureRequest) -> Iterator[base.Environment]:
+    if reason := PROBES[request.param].missing():
+        pytest.skip(f"{request.param}: {reason}")
     environment = base.make(request.param)
     yield environment
     environment.close()
@@ -42,6 +66,11 @@ def env(request: pytest.FixtureRequest) -> Iterator[base.Environment]:
 @pytest.fixture
 def probe(env: base.Environment) -> Probe:
     return PROBES[env.spec.simulator]
+
+
+def looked_at(env: base.Environment, probe: Probe) -> list[str]:
+    """The tasks to reset and look at."""
+    return list(probe.looked_at or [task.name for task in env.spec.tasks])
 
 
 def constant(env: base.Environment, axis: int, value: float) -> np.ndarray:
@@ -70,19 +99,19 @@ def test_spec(env: base.Environment) -> None:
         assert task.instruction and task.max_chunks > 0
 
 
-def test_every_task_resets_to_a_valid_observation(env: base.Environment) -> None:
+def test_every_task_resets_to_a_valid_observation(env: base.Environment, probe: Probe) -> None:
     spec = env.spec
     low, high = (np.array([getattr(a, side) for a in spec.state]) for side in ("low", "high"))
-    for task in spec.tasks:
-        observation = env.reset(task.name, 1)
+    for task in looked_at(env, probe):
+        observation = env.reset(task, 1)
         assert list(observation.images) == [c.name for c in spec.cameras]
         for camera in spec.cameras:
             image = observation.images[camera.name]
             assert image.shape == (camera.height, camera.width, 3) and image.dtype == np.uint8
-            assert image.std() > 5, f"{task.name}: {camera.name} is flat"
+            assert image.std() > 5, f"{task}: {camera.name} is flat"
         assert observation.state.shape == (len(spec.state),) and observation.state.dtype == np.float32
         assert ((observation.state >= low) & (observation.state <= high)).all()
-        assert abs(observation.state[spec.gripper_width_index] - spec.gripper_open_width) < 0.002, task.name
+        assert abs(observation.state[spec.gripper_width_index] - spec.gripper_open_width) < 0.002, task
 
 
 @pytest.mark.parametrize(("frames", "count"), [("last", 1), ("none", 0), ("all", 3)])
@@ -125,11 +154,11 @@ def test_a_seed_determines_everything(env: base.Environment, probe: Probe) -> No
     assert any((different.images[name] != image).any() for name, image in zip(different.images, seen[0][1:], strict=False))
 
 
-def test_goals_are_visible(env: base.Environment) -> None:
+def test_goals_are_visible(env: base.Environment, probe: Probe) -> None:
     """Two scenes of any task differ in the primary image: what a policy must know is in what it sees."""
-    for task in env.spec.tasks:
-        a, b = (env.reset(task.name, seed).images["primary"].astype(int) for seed in (21, 22))
-        assert (np.abs(a - b).max(axis=-1) > 30).sum() >= 8, task.name
+    for task in looked_at(env, probe):
+        a, b = (env.reset(task, seed).images["primary"].astype(int) for seed in (21, 22))
+        assert (np.abs(a - b).max(axis=-1) > 30).sum() >= 8, task
 
 
 def test_gripper_sign_and_unit(env: base.Environment, probe: Probe) -> None:
@@ -193,6 +222,36 @@ def test_replaying_an_expert_reproduces_its_states(env: base.Environment, probe:
                 success = result.success
             assert (np.concatenate(states) == episode.states).all()
             assert success == episode.success
+
+
+def test_truth_and_preview(env: base.Environment, probe: Probe) -> None:
+    """The expert's grasps and what it moves show in `truth`; `expert_preview` tells what it does next and changes nothing."""
+    moved: list[str] = []
+    for task in probe.expert_tasks:
+        runs = []
+        for preview in (False, True):
+            env.reset(task, scene_seed(Split.TUNING, 5))
+            before = env.truth()
+            assert {key.split("/")[0] for key in before} <= {"touch", "height", "joint"} and before
+            assert all(value == 0 for key, value in before.items() if key.startswith("touch/"))
+            states, truths = [], []
+            for _ in range(env.spec.task(task).max_chunks):
+                told = env.expert_preview()[0] if preview else None
+                done = [env.expert_action()]
+                states += list(env.step(done[-1][None], "none").states)
+                for _ in range(env.spec.chunk - 1):
+                    done.append(env.expert_action())
+                    result = env.step(done[-1][None], "none")
+                    states += list(result.states)
+                truths.append(env.truth())
+                assert told is None or (told == np.stack(done)).all()
+                if result.success:
+                    break
+            runs.append(np.stack(states))
+            assert any(truth[key] > 0 for truth in truths for key in truth if key.startswith("touch/"))
+            moved += [key for key in before if not key.startswith("touch/") and abs(truths[-1][key] - before[key]) > 0.01]
+        assert (runs[0] == runs[1]).all(), task
+    assert moved, "no object rose, no drawer slid"
 
 
 def test_episode_limit(env: base.Environment, probe: Probe) -> None:

@@ -164,5 +164,5 @@ def test_worker_messages() -> None:
 
 
 def test_a_pool_of_an_unknown_simulator_is_refused() -> None:
-    with pytest.raises(base.InvalidInputError, match="simulator_name: 'no-such' is unknown; choose one of metaworld"):
+    with pytest.raises(base.InvalidInputError, match="simulator_name: 'no-such' is unknown; choose one of libero, metaworld"):
         Pool("no-such", 1, 10, 10)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from world2act.splits import INDICES_PER_SPLIT, LeakageError, Split, parse_split, require, scene_seed
+from world2act.splits import INDICES_PER_SPLIT, LeakageError, Split, parse_split, require, scene_seed, split_of_seed
 
 scenes = st.tuples(st.sampled_from(list(Split)), st.integers(0, INDICES_PER_SPLIT - 1))
 
@@ -14,6 +14,12 @@ scenes = st.tuples(st.sampled_from(list(Split)), st.integers(0, INDICES_PER_SPLI
 @given(scenes, scenes)
 def test_seeds_are_one_to_one(a: tuple[Split, int], b: tuple[Split, int]) -> None:
     assert (scene_seed(*a) == scene_seed(*b)) == (a == b)
+
+
+@given(scenes)
+def test_split_of_seed_is_the_inverse(scene: tuple[Split, int]) -> None:
+    assert split_of_seed(scene_seed(*scene)) == scene
+    assert split_of_seed(len(Split) * INDICES_PER_SPLIT) == (None, 0)
 
 
 @pytest.mark.parametrize("index", [-1, INDICES_PER_SPLIT])

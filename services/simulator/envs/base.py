@@ -6,6 +6,7 @@ reject the same things with the same words. tests/conformance/ holds what any en
 
 from __future__ import annotations
 
+import fnmatch
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ Frames = Literal["last", "none", "all"]
 """Which frames a step returns: one after its last action, none, or one after every action."""
 
 REGISTRY: dict[str, str] = {
+    "libero": "services.simulator.envs.libero:LiberoEnvironment",
     "metaworld": "services.simulator.envs.metaworld:MetaworldEnvironment",
 }
 """Simulator name -> 'module:class'. Imported on use: a process pays only for the simulator it runs."""
@@ -159,6 +161,14 @@ class Environment(ABC):
         """
         raise InvalidInputError(f"task: simulator {self.spec.simulator} has no scripted expert")
 
+    def truth(self) -> dict[str, float]:
+        """What is so after the last action, whatever cameras and proprioception show; changes nothing. Privileged: for scores.
+
+        "touch/<body>": how many of the two fingers touch a movable body, 2 is a grasp; "height/<body>": metres, of bodies that
+        move freely; "joint/<body>": metres or radians, of drawers, doors and knobs. Raises InvalidInputError with no episode.
+        """
+        raise InvalidInputError(f"truth: simulator {self.spec.simulator} does not tell")
+
     def expert_action(self) -> FloatArray:
         """The scripted expert's next action, float32 (A,). Raises InvalidInputError where the simulator has no expert."""
         raise InvalidInputError(f"task: simulator {self.spec.simulator} has no scripted expert")
@@ -191,6 +201,13 @@ def stack_frames(frames: Sequence[Mapping[str, ImageArray]], cameras: tuple[Came
         else np.zeros((0, camera.height, camera.width, 3), np.uint8)
         for camera in cameras
     }
+
+
+def matching_tasks(spec: EnvironmentSpec, patterns: Sequence[str]) -> list[str]:
+    """Names of the tasks that `patterns` ('*' and '?' are wild) match; none: all. InvalidInputError for one that matches none."""
+    names = [task.name for task in spec.tasks]
+    found = {pattern: fnmatch.filter(names, pattern) or [spec.task(pattern).name] for pattern in patterns or ["*"]}
+    return list(dict.fromkeys(name for matches in found.values() for name in matches))
 
 
 def make(simulator: str) -> Environment:

@@ -13,13 +13,6 @@ from a low far one. The puck is blue, since the arm is red. All other sites are 
 from __future__ import annotations
 
 import copy
-import os
-
-# MuJoCo reads this once, on import. OSMesa is as fast as EGL without a GPU (both about 5 ms a frame) and needs no device.
-os.environ.setdefault("MUJOCO_GL", "osmesa")
-# Mesa's software rasteriser in the calling thread: at 64x64 its thread pool costs 20 % more CPU than it saves.
-os.environ.setdefault("LP_NUM_THREADS", "0")
-
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -41,11 +34,13 @@ from services.simulator.envs.base import (
     TaskSpec,
     stack_frames,
 )
+from services.simulator.envs.rendering import close_renderer, first_frames, open_renderer, touch_and_joints
 from world2act.types import FloatArray, ImageArray, M
 
 ACTION_REPEAT = 2
 SIZE = 64
 OPEN_WIDTH = 0.0883  # metres between the inner faces of the pads after reset; measured, the same for all tasks
+PADS = ("leftpad", "rightpad")
 PAD_THICKNESS = 0.006  # both pads' half thickness, from the inner faces to the pads' centres
 START_LOW, START_HIGH = (-0.1, -0.1, 0.0), (0.1, 0.05, 0.1)  # metres from Meta-World's start; wider, door-open's expert fails
 GOAL_TASKS = ("reach", "push", "pick-place")  # the goal is a free point, seen only by its marker
@@ -63,8 +58,6 @@ PRIMARY_FOVY = 35.0
 UNSEEN = ("head", "right_arm_base_link", "pedestal", "right_l0", "right_l1")
 UNSEEN_BY_WRIST = (*UNSEEN, "right_l2", "right_l3", "right_l4", "right_l5", "right_l6", "right_hand")
 HIDDEN_GROUP = 5  # MuJoCo draws geoms of groups 0 to 2
-LOWEST_SPREAD = 8.0  # standard deviation of grey levels; a healthy primary frame has 40 or more, a corrupt one is flat
-RENDERER_ATTEMPTS = 3
 
 TASKS = (
     TaskSpec("reach", "reach the green goal", 10),
@@ -190,43 +183,30 @@ class MetaworldEnvironment(Environment):
         gap = np.linalg.norm(env.data.body("rightpad").xpos - env.data.body("leftpad").xpos) - PAD_THICKNESS
         return np.array([*env.tcp_center, max(gap, 0.0)], np.float32)
 
+    def truth(self) -> dict[str, float]:
+        """See the base class."""
+        if not self._task:
+            raise InvalidInputError("task: no episode is running; reset first")
+        env = self._scenes[self._task].env
+        left, right = ({env.model.body(name).id} for name in PADS)
+        return touch_and_joints(env.model, env.data, left, right)
+
     def _render(self) -> dict[str, ImageArray]:
         scene = self._scenes[self._task]
-        for _ in range(RENDERER_ATTEMPTS):
-            fresh = scene.renderer is None
-            if scene.renderer is None:
-                scene.renderer = open_renderer(scene.env.model)
-            images = {name: self._shoot(scene, name) for name in VIEWS}
-            if not fresh or images["primary"].std() >= LOWEST_SPREAD:
-                return images
-            close_renderer(scene.renderer)
-            scene.renderer = None
-        raise RuntimeError(f"renderer: the image of {self._task} stayed flat after {RENDERER_ATTEMPTS} attempts")
+        if scene.renderer is not None:
+            return self._shoot(scene.renderer)
+        scene.renderer, images = first_frames(lambda: open_renderer(scene.env.model, SIZE), self._shoot, self._task)
+        return images
 
-    def _shoot(self, scene: Scene, camera: str) -> ImageArray:
-        assert scene.renderer is not None
-        scene.env.model.geom_group[:] = scene.groups[camera]
-        scene.renderer.update_scene(scene.env.data, VIEWS[camera])
-        if self._task in GOAL_TASKS:
-            add_post(scene.renderer.scene, scene.env.model.site("goal").pos)
-        image: ImageArray = scene.renderer.render().copy()
-        return image
-
-
-def open_renderer(model: mujoco.MjModel) -> mujoco.Renderer:
-    """A 64x64 renderer without shadows and reflections."""
-    renderer = mujoco.Renderer(model, SIZE, SIZE)
-    renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
-    renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
-    return renderer
-
-
-def close_renderer(renderer: mujoco.Renderer) -> None:
-    """Free a renderer. `Renderer.close` frees textures and buffers by number in whatever context is current: without making
-    its own current first, it deletes another renderer's, which from then on returns corrupt frames in silence.
-    """
-    renderer._gl_context.make_current()
-    renderer.close()
+    def _shoot(self, renderer: mujoco.Renderer) -> dict[str, ImageArray]:
+        scene, images = self._scenes[self._task], {}
+        for camera, view in VIEWS.items():
+            scene.env.model.geom_group[:] = scene.groups[camera]
+            renderer.update_scene(scene.env.data, view)
+            if self._task in GOAL_TASKS:
+                add_post(renderer.scene, scene.env.model.site("goal").pos)
+            images[camera] = renderer.render().copy()
+        return images
 
 
 def build_scene(task: str) -> Scene:
