@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from pydantic import Field
 
 from services.runtime.settings import CommonSettings
@@ -18,6 +16,6 @@ class SimulatorSettings(CommonSettings):
     simulator_call_seconds: float = Field(
         60.0, gt=0, description="an environment that takes longer to answer is killed and restarted"
     )
-    libero_assets: Path | None = Field(None, description="LIBERO's meshes: a folder, or an archive of stand-ins (.tar.xz)")
+    libero_assets: str = Field("", description="LIBERO's meshes: a folder or an archive of stand-ins; empty: LIBERO's own places")
     libero_image_size: int = Field(64, ge=32, le=512, description="pixels a side of LIBERO's camera images")
     libero_effects: bool = Field(False, description="draw shadows and reflections, as published LIBERO images do; slower")

@@ -132,8 +132,8 @@ def read_array(path: Path) -> npt.NDArray[np.float64]:
 def assets() -> Path:
     """The folder of meshes. Raises InvalidInputError that says where they were looked for."""
     setting = SimulatorSettings()
-    if setting.libero_assets is not None:
-        given = setting.libero_assets.expanduser().resolve()
+    if setting.libero_assets:
+        given = Path(setting.libero_assets).expanduser().resolve()
         if given.is_file():
             given = unpack(given, setting.run_dir)
         check_assets(given, "W2A_LIBERO_ASSETS")
