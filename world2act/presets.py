@@ -78,12 +78,12 @@ class Stage1Settings:
     optimiser: Optimiser = field(default_factory=Optimiser)
     contrastive: Contrastive = field(default_factory=Contrastive)
     weights: Stage1Weights = field(default_factory=Stage1Weights)
-    steps: int = 1200
+    steps: int = 3000
     batch: int = 24
     hard_ratio: float = 0.25
     window: int = 14
     random_start: float = 0.5
-    predicted_share: float = 0.5
+    predicted_share: float = 0.9
     horizon: int = 1
     phases: int = 2
     latent_noise: float = 0.3
