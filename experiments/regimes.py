@@ -197,10 +197,13 @@ def _video_rich_adapters(regime: Regime, places: Places, tasks: Sequence[str]) -
     arena.close()
     episodes = robomimic.read_root(places.demos, allowed=[Split.WORLDMODEL], tasks=tasks)
     video = _cut(regime, episodes, _phases(settings))
-    data = stage1.build_data(model, itertools.chain(known, own, video), settings.horizon, seed)
-    labelled = slice(len(known) + len(own))
+    data = stage1.build_data(model, itertools.chain(own, known, video), settings.horizon, seed)
+    labelled = slice(len(own) + len(known))
     inverse, _ = stage1.train(data.rows(labelled), inverse_settings(naming), seed)
-    adapters, _ = stage1.train(stage1.name_actions(inverse, data, keep=labelled), settings, seed)
+    named = stage1.name_actions(inverse, data, keep=labelled)
+    if settings.predicted_share == 1.0:  # preset paper sees predictions only, and there are none of own rollouts
+        named = named.rows(slice(len(own), None))
+    adapters, _ = stage1.train(named, settings, seed)
     return adapters
 
 
