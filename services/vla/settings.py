@@ -18,6 +18,13 @@ class VlaSettings(CommonSettings):
     vla_adapters: str = Field(
         "adapters.safetensors", description="Stage 1 adapters that bundles must be made with; empty: bundles of any adapters load"
     )
+    vla_bundle: Path | None = Field(None, description="residual bundle that is version 1 of the default namespace from the start")
+    vla_trusted_keys: str = Field(
+        "", description="comma-separated PEM files of Ed25519 public keys: only bundles that one of them signed load; empty: any"
+    )
+    vla_max_bound: float = Field(
+        0.0, ge=0.0, description="largest bound of a residual that loads, in standard deviations of the actions; 0: any"
+    )
     vla_max_batch: int = Field(32, ge=1, le=1024, description="observations in one request, and in one batch across clients")
     vla_max_wait_ms: float = Field(5.0, ge=0.0, le=1000.0, description="a request waits at most this long for others to join")
     vla_block: int = Field(
