@@ -65,7 +65,7 @@ class Settings:
     task: str
     instruction: str
     out: Path = Path("data/robot")
-    split: Split = Split.WORLDMODEL
+    split: tyro.conf.EnumChoicesFromValues[Split] = Split.WORLDMODEL
     episodes: int = 20
     resume: bool = False
     arm: str = ""
