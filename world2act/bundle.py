@@ -247,8 +247,4 @@ class Bundle:
                     f"the action statistics differ: {part} of {self.layout.names[where]} is {float(mine[where]):g}, "
                     f"but {float(theirs[where]):g} in the adapters in use"
                 )
-        frozen = adapters.action.state_dict()
-        for key, value in self.policy.action_adapter.state_dict().items():
-            if not torch.equal(value, frozen[key]):
-                return f"the residual's copy of the action adapter differs from the adapters in use ({key})"
         return ""

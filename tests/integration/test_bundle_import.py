@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import signal
 import subprocess
@@ -9,12 +11,15 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
+import httpx
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from services.cli import main
 from services.runtime.jobs import JobStore
 from services.runtime.policies import publish_version, published
 from services.runtime.rpc import connect_channel
@@ -28,7 +33,6 @@ from world2act.models import store
 from world2act.signature import name_of, sign
 
 pytestmark = pytest.mark.integration
-ROOT = Path(__file__).parents[2]
 KEY, OTHER = (Ed25519PrivateKey.from_private_bytes(bytes([n]) * 32) for n in (1, 2))
 
 
@@ -47,20 +51,25 @@ class Site:
         gateway_port = free_port()
         settings = {"redis_url": redis_url, "artifacts_url": self.vla.settings["artifacts_url"], "vla_port": self.vla.port}
         settings |= {"gateway_port": gateway_port, "metrics_port": free_port(), "run_dir": folder / "run"}
-        self.environment = {**os.environ, **{f"W2A_{k.upper()}": str(v) for k, v in settings.items()}}
+        self.environment = {f"W2A_{k.upper()}": str(v) for k, v in settings.items()}
         self.gateway_log = folder / "gateway.log"
         with self.gateway_log.open("wb") as log:
             command = [sys.executable, "-m", "services.gateway"]
-            self.gateway = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log)
+            self.gateway = subprocess.Popen(command, env={**os.environ, **self.environment}, stdout=log, stderr=log)
         self.vla.start()
-        wait_for(lambda: self.world2act("policies-are-none")[0] != 0 and b"serving" in self.gateway_log.read_bytes(), 60, "up")
+        url = f"http://127.0.0.1:{gateway_port}/healthz"
+        wait_for(lambda: httpx.get(url).status_code == 200, 60, "gateway answers")
 
     def world2act(self, *arguments: object, **extra: str) -> tuple[int, str]:
         """Exit status and what was said."""
-        command = [sys.executable, "-m", "services.cli.main", *map(str, arguments)]
-        done = subprocess.run(command, env=self.environment | extra, capture_output=True, text=True, timeout=120)
-        assert "Traceback" not in done.stderr
-        return done.returncode, done.stdout + done.stderr
+        said = io.StringIO()
+        with (
+            mock.patch.dict(os.environ, self.environment | extra),
+            contextlib.redirect_stdout(said),
+            contextlib.redirect_stderr(said),
+        ):
+            status = main.main([str(a) for a in arguments])
+        return status, said.getvalue()
 
     def refused(self, content: bytes, namespace: str = "default") -> str:
         """What `world2act import` says of a file with `content`; nothing was published."""
@@ -103,8 +112,7 @@ def test_export_signs_and_import_makes_it_act(site: Site) -> None:
     assert site.world2act("import", file) == (0, f"{file}: version 1 of default\n")  # again is the same
     base, _, combined, version = site.vla.act([1], -1)
     assert version == 1 and np.abs(combined - base).max() > 0.05 and site.redis.ttl("w2a:policy:default") == -1
-    direct = VlaAlone(site, file)
-    assert direct == (1, combined.tobytes())  # W2A_VLA_BUNDLE: the same without gateway, import or Redis
+    assert acts_alone(site.folder / "alone", file) == (1, combined.tobytes())
 
     site.vla.kill()
     site.vla.start()
@@ -117,11 +125,12 @@ def test_export_signs_and_import_makes_it_act(site: Site) -> None:
         assert found[2] == 1 and found[1].tobytes() == combined[0].tobytes()
 
 
-def VlaAlone(site: Site, file: Path) -> tuple[int, bytes]:  # noqa: N802
-    """Version and combined chunk of a second policy server that was started with the bundle."""
-    alone = VlaProcess(site.folder / "alone", vla_bundle=file)
+def acts_alone(folder: Path, file: Path) -> tuple[int, bytes]:
+    """Version and combined chunk of a policy server that was started with the bundle: no gateway, no import, no Redis."""
+    alone = VlaProcess(folder, vla_bundle=file)
     try:
-        return (lambda found: (found[3], found[2].tobytes()))(alone.start().act([1], -1))
+        _, _, combined, version = alone.start().act([1], -1)
+        return version, combined.tobytes()
     finally:
         alone.close()
 

@@ -151,13 +151,10 @@ def test_random_damage_is_refused_in_a_sentence_or_harmless() -> None:
 def test_bound_and_statistics_must_fit_what_is_in_use() -> None:
     assert Bundle.from_bytes(CONTENT, max_bound=1.0).policy.settings.bound == 1.0
     assert "up to 1 standard deviations to an action (bound), the limit here is 0.5" in refusal(CONTENT, max_bound=0.5)
-    torch.manual_seed(103)  # as make_bundle made version 3's
     own = Adapters(AdapterSettings(), Statistics(torch.zeros(4), torch.full((4,), 0.5)), ORIGIN.worldmodel)
     assert Bundle.from_bytes(CONTENT, adapters=own).version == 3
     scaled = altered(lambda metadata, tensors: tensors["actions.std"].__setitem__(2, 5.0))
     assert "action statistics differ: std of dz is 5, but 0.5 in the adapters" in refusal(scaled, adapters=own)
-    other = Adapters(AdapterSettings(), own.actions, ORIGIN.worldmodel)
-    assert "copy of the action adapter differs" in refusal(CONTENT, adapters=other)
     smaller = Adapters(AdapterSettings(unit=False), own.actions, ORIGIN.worldmodel)
     assert "the residual's adapters are" in refusal(CONTENT, adapters=smaller)
 
