@@ -1,7 +1,7 @@
 """The residual policy of Stage 2 (METHOD section 4): what the frozen base policy should have done differently.
 
-Tokens [action = frozen E_a(base chunk), image, state (, instruction)] -> self-attention, 2 layers, 4 heads, of some width (the
-paper's: D) -> the action token's output -> MLP -> D_a, initialised from Stage 1 and trained further -> residual chunk, normalised.
+Tokens [action = frozen E_a(base chunk), image, state (, instruction)] -> self-attention, 2 layers, 4 heads, width D in the
+paper -> the action token's output -> MLP -> D_a, initialised from Stage 1 and trained further -> residual chunk, normalised.
 
 Start and bound. Stage 1 leaves a D_a that decodes *full* actions: used as it is, an untrained head would add a second base
 action. So the MLP outputs a shift of the base chunk's embedding, its last layer starts at zero, and the residual is
