@@ -9,11 +9,12 @@ obs[t] is rendered from the state *before* actions[t]. The state after the last 
 left out. All files hold successful demonstrations only.
 
 One layout for RoboCasa, whatever its version: actions in the order of v0.x, which is that of `env.step` (ACTION), states in the
-order of RoboCasa365 (STATE). RoboCasa365's LeRobot files keep actions in another order; world2act/data/lerobot.py maps them.
+order of RoboCasa365 (STATE). RoboCasa365's LeRobot files keep actions in another order (COLUMNS_365): `from_365`, `to_365`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import h5py
@@ -21,7 +22,7 @@ import numpy as np
 
 from world2act.data import hdf5
 from world2act.data.formats import FormatError
-from world2act.types import Episode
+from world2act.types import Episode, FloatArray
 
 CAMERAS = {"left": "robot0_agentview_left", "right": "robot0_agentview_right", "wrist": "robot0_eye_in_hand"}
 ACTION = {"end_effector_position": 3, "end_effector_rotation": 3, "gripper_close": 1, "base_motion": 4, "control_mode": 1}
@@ -35,6 +36,31 @@ STATE = {
 }
 """RoboCasa365's names for the parts of a state, in its order, with v0.x's keys and their sizes."""
 ACTION_SIZE = sum(ACTION.values())
+
+
+def columns_of(sizes: Mapping[str, int]) -> dict[str, slice]:
+    """Where each part is, in the order given."""
+    ends = np.cumsum(list(sizes.values())).tolist()
+    return {name: slice(end - size, end) for (name, size), end in zip(sizes.items(), ends, strict=True)}
+
+
+COLUMNS = columns_of(ACTION)
+"""Where the parts of an action are in v0.x and here."""
+ORDER_365 = ("base_motion", "control_mode", "end_effector_position", "end_effector_rotation", "gripper_close")
+COLUMNS_365 = columns_of({name: ACTION[name] for name in ORDER_365})
+"""Where they are in RoboCasa365's LeRobot files (its PandaOmron_modality.json)."""
+
+
+def from_365(actions: FloatArray, columns: Mapping[str, slice] = COLUMNS_365) -> FloatArray:
+    """Actions (..., 12) in RoboCasa365's order, or with their parts at `columns`, in v0.x's order."""
+    return np.concatenate([actions[..., columns[name]] for name in ACTION], axis=-1)
+
+
+def to_365(actions: FloatArray) -> FloatArray:
+    """The inverse: actions (..., 12) in v0.x's order in RoboCasa365's."""
+    return np.concatenate([actions[..., COLUMNS[name]] for name in ORDER_365], axis=-1)
+
+
 CONTROL_HZ = 20.0  # robosuite's default
 
 
