@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pydantic import Field
 
 from services.runtime.llm import LLMSettings
@@ -17,4 +19,5 @@ class SegmenterSettings(LLMSettings):
     segment_attempts: int = Field(3, ge=1, le=20, description="starts of one task before it goes to the dead letters")
     segment_max_demos: int = Field(10_000, ge=1, description="demonstrations read from one file")
     segment_llm_max_demos: int = Field(200, ge=1, description="demonstrations of one file with planner llm (seconds each)")
-    segment_max_bytes: int = Field(2 * 1024**3, ge=1, description="largest HDF5 file, bytes")
+    segment_max_bytes: int = Field(4 * 1024**3, ge=1, description="largest uploaded file, bytes")
+    data_root: Path = Field(Path("data"), description="the only folder that an episode's path may lead to; the gateway's")

@@ -55,6 +55,11 @@ class LeRobotSource(Source):
         self.features: dict[str, dict[str, Any]] = self.info["features"]
         self.modality = self._modality()
 
+    @property
+    def robot(self) -> str:
+        """robot_type of meta/info.json."""
+        return str(self.info.get("robot_type") or self.name)
+
     @classmethod
     def detect(cls, path: Path) -> bool:
         return (path / "meta" / "info.json").is_file()
@@ -132,10 +137,11 @@ class LeRobotSource(Source):
             raise FormatError(f"{key}: task_index {columns['task_index'][0]}: no instruction in meta/tasks")
         success = columns.get(SUCCESS)
         order = self._robocasa_order(actions.shape[1])
-        meta = {"fps": f"{self.info['fps']:g}"}
+        meta, cues = {"fps": f"{self.info['fps']:g}"}, {}
         if order:
             actions = robocasa.from_365(actions, order)
             meta |= robocasa.META
+            cues["command"] = robocasa.commands(np.where(actions[:, robocasa.GRIPPER] < 0.5, -1, 1))  # as its simulator reads it
         return Episode(
             task=self._task(row, columns, instruction),
             split=str(self.split),
@@ -147,6 +153,7 @@ class LeRobotSource(Source):
             actions=np.ascontiguousarray(actions[:-1]),
             success=bool(np.any(success)) if success is not None else True,
             meta=meta,
+            cues=cues,
         )
 
     @property
