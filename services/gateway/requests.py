@@ -40,7 +40,7 @@ class SegmentRequest(Body):
         None, min_length=1, max_length=1000, description="demonstrations in the data folder: an HDF5 file, or a data set's folder"
     )
     demo: str | None = Field(
-        None, pattern=r"^[\w.:/ -]{1,1000}$", description="one of them: demo_3, episode_000003, a clip's name; else all"
+        None, max_length=1000, pattern=r"^[^\x00-\x1f]+$", description="one of them: demo_3, episode_000003, a clip's name; else all"
     )
 
     @field_validator("instruction")

@@ -171,6 +171,9 @@ def _data(request: SegmentRequest, settings: SegmenterSettings, store: ArtifactS
         path = below(settings.data_root, str(request.episode_path), "episode", "W2A_DATA_ROOT")
         if not path.exists():
             raise ValueError(f"episode: {str(request.episode_path)[:200]!r} is not in the segmenter's data folder (W2A_DATA_ROOT)")
+        for inner in path.rglob("*"):
+            if inner.is_symlink():
+                below(settings.data_root, str(inner), "episode", "W2A_DATA_ROOT")  # a data set's own links stay inside, too
         yield path
         return
     name = request.episode_uri
@@ -183,7 +186,6 @@ def _data(request: SegmentRequest, settings: SegmenterSettings, store: ArtifactS
 def _of_data(path: Path, request: SegmentRequest, settings: SegmenterSettings, cutter: Cutter) -> dict[str, Any]:
     """Segmentations of the demonstrations at `path`. What cannot be read is skipped; ValueError where nothing can."""
     limit = settings.segment_max_demos if cutter.client is None else settings.segment_llm_max_demos
-    deadline = time.monotonic() + 0.8 * settings.segment_visibility_seconds
     plain = (lambda text: text.replace(path.name, "the file")) if request.episode_uri else str  # an artifact's name says nothing
     try:
         source = open_episodes(path)
@@ -191,11 +193,6 @@ def _of_data(path: Path, request: SegmentRequest, settings: SegmenterSettings, c
         shown: list[dict[str, Any]] = []
         skipped: list[dict[str, str]] = []
         for name, episode in read_episodes(source, request.demo, limit):
-            if time.monotonic() > deadline:
-                raise ValueError(
-                    f"episode: takes longer than {0.8 * settings.segment_visibility_seconds:g} s to cut "
-                    "(W2A_SEGMENT_VISIBILITY_SECONDS); name one demonstration, or use world2act build-skills"
-                )
             if isinstance(episode, Skipped):
                 skipped.append({"demo": name, "reason": plain(episode.reason)})
                 continue

@@ -13,7 +13,7 @@ class SegmenterSettings(LLMSettings):
     """What the segmenter knows beyond what every service knows."""
 
     segment_visibility_seconds: int = Field(
-        60, ge=1, le=3600, description="a task whose worker died is given to another after this; longer than any task"
+        300, ge=1, le=3600, description="a task whose worker died is given to another after this; longer than any task"
     )
     segment_result_seconds: int = Field(24 * 3600, ge=60, description="how long results are kept")
     segment_attempts: int = Field(3, ge=1, le=20, description="starts of one task before it goes to the dead letters")
