@@ -155,7 +155,9 @@ def add_segment(app: FastAPI, doors: Doors) -> None:
             await anyio.sleep(pause)
             pause = min(pause * 1.5, 0.25)
         job = await run_in_threadpool(
-            lambda: doors.jobs.create("segment", {"celery_id": celery_id, "episode": task.get("episode_uri") or task.get("episode_path")}, queue=False)
+            lambda: doors.jobs.create(
+                "segment", {"celery_id": celery_id, "episode": task.get("episode_uri") or task.get("episode_path")}, queue=False
+            )
         )
         return JSONResponse(JobAccepted.of(job).model_dump(), 202, {"Location": f"/jobs/{job.id}"})
 

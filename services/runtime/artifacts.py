@@ -8,8 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import uuid
 import tempfile
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def below(root: Path, name: str, field: str, setting: str) -> Path:
-    """What `name`, relative to the folder `root`, means. ValueError naming `field` and `setting` when it leads out, also by a link."""
+    """What `name`, relative to `root`, means. ValueError naming `field` and `setting` when it leads out, also by a link."""
     top = root.resolve()
     try:
         path = (top / name).resolve()

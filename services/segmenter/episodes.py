@@ -19,7 +19,7 @@ from world2act.types import Episode
 
 
 def open_episodes(path: Path) -> Source:
-    """The source at `path`. Raises ValueError as `find_format`. Cutting uses data for nothing: any split will do for foreign data."""
+    """The source at `path`. Raises ValueError as `find_format`. Cutting trains nothing: any split will do for foreign data."""
     kind = find_format(path)
     return kind(path, None if kind.own_split else Split.WORLDMODEL)
 
@@ -31,14 +31,16 @@ def read_episodes(source: Source, demo: str | None, limit: int) -> Iterator[tupl
     """
     found = False
     first, last, number = "", "", 0
-    for key in source.keys():
+    for key in source.keys():  # noqa: SIM118  (a Source, no mapping)
         name = key.rpartition(":")[2] if source.path.is_file() else key
         first, last = first or name, name
         if demo is not None and demo not in (key, key.rpartition(":")[2]):
             continue
         found, number = True, number + 1
         if number > limit:
-            raise ValueError(f"episode: holds more than {limit} demonstrations, the limit; name one, or use world2act build-skills")
+            raise ValueError(
+                f"episode: holds more than {limit} demonstrations, the limit; name one, or use world2act build-skills"
+            )
         try:
             yield name, source.read(key, images=False)
         except FormatError as error:

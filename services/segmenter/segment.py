@@ -9,7 +9,7 @@ planner: "rule" (default) or "llm", which plans and aligns by the language model
 Result: {"task", "skills": prompts (null with episodes of data), "episodes": [...], "statistics"}, an episode being {"demo",
 "task", "instruction", "skills": [{"prompt", "start", "end", "reason", "start_s"?, "end_s"?}], "discarded", "reasons", "events",
 "length", "fps", "gripper_width_m", "width_stride"}; its widths are every width_stride-th value, at most 256, none where there are
-none. Of data also "format", and "skipped": [{"demo", "reason"}], what could not be read. With planner llm, "llm" says what that took.
+none. Of data also "format", and "skipped": [{"demo", "reason"}], what could not be read. With planner llm also "llm".
 A bad request gives {"error": sentence that names the field and the limit} instead; it is no failure of the task.
 """
 
@@ -170,7 +170,9 @@ def _data(request: SegmentRequest, settings: SegmenterSettings, store: ArtifactS
     if request.episode_uri is None:
         path = below(settings.data_root, str(request.episode_path), "episode", "W2A_DATA_ROOT")
         if not path.exists():
-            raise ValueError(f"episode: {str(request.episode_path)[:200]!r} is not in the segmenter's data folder (W2A_DATA_ROOT)")
+            raise ValueError(
+                f"episode: {str(request.episode_path)[:200]!r} is not in the segmenter's data folder (W2A_DATA_ROOT)"
+            )
         for inner in path.rglob("*"):
             if inner.is_symlink():
                 below(settings.data_root, str(inner), "episode", "W2A_DATA_ROOT")  # a data set's own links stay inside, too

@@ -30,8 +30,8 @@ WORLD = """
     <light pos="0 0 3" dir="0 0 -1" diffuse="0.9 0.9 0.9"/>
     <geom name="counter" type="box" pos="0.5 0 -0.05" size="1.5 1.5 0.05" rgba="0.75 0.72 0.68 1"/>
     <body name="thing" pos="0.6 0 0.03"><geom name="thing" type="box" size="0.035 0.035 0.03" contype="0" conaffinity="0"/></body>
-    <geom name="plate" type="cylinder" pos="0.75 -0.2 0.003" size="0.06 0.003" rgba="0.2 0.2 0.25 1" contype="0" conaffinity="0"/>
-    <geom name="board" type="box" pos="0.68 0.12 0.003" size="0.05 0.08 0.003" rgba="0.45 0.25 0.1 1" contype="0" conaffinity="0"/>
+    <geom name="plate" type="cylinder" pos="0.75 -0.2 0.003" size="0.06 0.003" rgba="0.2 0.2 0.25 1"/>
+    <geom name="board" type="box" pos="0.68 0.12 0.003" size="0.05 0.08 0.003" rgba="0.45 0.25 0.1 1"/>
     {tiles}
     <camera name="robot0_agentview_left" pos="-0.1 0.75 0.75" xyaxes="-0.75 -0.66 0  0.3 -0.34 0.89"/>
     <camera name="robot0_agentview_right" pos="-0.1 -0.75 0.75" xyaxes="0.75 -0.66 0  0.3 0.34 0.89"/>
@@ -65,7 +65,7 @@ WORLD = """
   </actuator>
 </mujoco>
 """
-TILE = '<geom type="box" pos="{x:.2f} {y:.2f} 0.002" size="0.035 0.05 0.002" rgba="{grey} {grey} 0.3 1" contype="0" conaffinity="0"/>'
+TILE = '<geom type="box" pos="{x:.2f} {y:.2f} 0.002" size="0.035 0.05 0.002" rgba="{grey} {grey} 0.3 1"/>'
 TILES = "".join(TILE.format(x=0.1 * i, y=side * 0.22, grey=0.15 * (i % 4)) for i in range(2, 10) for side in (-1, 1))
 ARM, FINGERS, BASE = slice(0, 3), slice(3, 5), slice(5, 8)  # of the actuators
 

@@ -197,7 +197,9 @@ def test_episode_paths_stay_in_the_data_folder(client: TestClient, data: Path, v
     (data / "set/meta/info.json").write_text('{"fps": 20}')
     assert client.post("/segment", json={"episode": "set"}).status_code == 202
     message = json.loads(str(valkey.lindex("segment", 0)))
-    assert json.loads(base64.b64decode(message["body"]))[1]["request"]["episode_stamp"] != before, "changed data is another request"
+    assert json.loads(base64.b64decode(message["body"]))[1]["request"]["episode_stamp"] != before, (
+        "changed data is another request"
+    )
     for path in ("../outside.hdf5", str(data.parent / "outside.hdf5"), "link.hdf5", "a/../../outside.hdf5"):
         problem(client.post("/segment", json={"episode": path}), 400, "episode", "outside")
     problem(client.post("/segment", json={"episode": "a\x00b"}), 400, "episode")

@@ -1,4 +1,4 @@
-"""The segmenter's request on data of every format: clips with times, prompts and reasons; what is wrong is named; memory is bounded."""
+"""The segmenter's request on data of every format: times, prompts and reasons; what is wrong is named; memory is bounded."""
 
 from __future__ import annotations
 
@@ -231,7 +231,9 @@ def test_an_unknown_hand_must_be_named(desk: Desk) -> None:
     (path / "meta/info.json").write_text(json.dumps({**info, "robot_type": "octopus"}))
     state = {"gripper_qpos": {"start": 14, "end": 16}}
     (path / "meta/modality.json").write_text(json.dumps({"state": state, "action": {}}))
-    assert "embodiment: the hand of 'octopus' is not known; name the one to use (metaworld" in desk.ask(episode_path="set")["error"]
+    assert (
+        "embodiment: the hand of 'octopus' is not known; name the one to use (metaworld" in desk.ask(episode_path="set")["error"]
+    )
     check_pick(one(desk.ask(episode_path="set", embodiment="panda")), 20)
 
 

@@ -1,4 +1,4 @@
-"""RoboCasa: a Panda arm on an Omron base in a kitchen, in two versions with an interface each. NOT RUN HERE, see docs/robocasa.md.
+"""RoboCasa: a Panda arm on an Omron base in a kitchen; two versions with an interface each. NOT RUN HERE, see docs/robocasa.md.
 
 robocasa     v0.1 and v0.2, the 24 tasks of the paper; a robosuite environment (`robosuite.make`) that takes (12,) actions.
 robocasa365  v1.0, the tasks renamed; the gymnasium environment `robocasa/<Task>`, which takes a dictionary of an action's parts.
@@ -6,10 +6,11 @@ robocasa365  v1.0, the tasks renamed; the gymnasium environment `robocasa/<Task>
 Both look the same from outside. Control: 20 actions a second, in v0.x's order and in [-1, 1]: position and rotation of the hand
 (OSC, deltas), gripper (+1 closes, -1 opens), base velocity and torso, mode (above 0 the base moves, else the arm does). State:
 the 16 numbers of the data sets (world2act/data/robocasa.py) and the fingers' distance. Cameras: left, right, wrist, in the
-paper's cells. Episodes start with half-closed fingers (0.04 of 0.08 m), as robosuite's do; nothing waits until they are open.
+paper's
+cells. Episodes start with half-closed fingers (0.04 of 0.08 m), as robosuite's do; nothing waits until they are open.
 
-Scenes (docs/decisions/020-robocasa-scenes.md): split "evaluation" has the kitchens and objects of published evaluations, all other
-splits those of training. What is drawn there is a function of (task, seed): RoboCasa draws from its own generator, robosuite from
+Scenes (docs/decisions/020-robocasa-scenes.md): split "evaluation" has the kitchens and objects of published evaluations, all
+other splits those of training. What is drawn there is a function of (task, seed): RoboCasa draws from its own generator, robosuite from
 NumPy's; both are seeded. What policies are told differs from scene to scene.
 
 Observations are taken anew after each action: those that robosuite's `step` returns were sampled at the *start* of the action
@@ -131,7 +132,7 @@ class KitchenEnvironment(Environment):
 
     @abstractmethod
     def _observe(self, images: bool) -> tuple[Mapping[str, Any], dict[str, ImageArray]]:
-        """Now: the parts of the state by RoboCasa365's names, and images by camera, upright (without `images` none are needed)."""
+        """Now: the parts of the state by RoboCasa365's names, and images by camera, upright; none needed without `images`."""
 
     def _reset(self, task: str, seed: int) -> Observation:
         evaluation = split_of_seed(seed)[0] is Split.EVALUATION
