@@ -10,8 +10,8 @@ paper's
 cells. Episodes start with half-closed fingers (0.04 of 0.08 m), as robosuite's do; nothing waits until they are open.
 
 Scenes (docs/decisions/020-robocasa-scenes.md): split "evaluation" has the kitchens and objects of published evaluations, all
-other splits those of training. What is drawn there is a function of (task, seed): RoboCasa draws from its own generator, robosuite from
-NumPy's; both are seeded. What policies are told differs from scene to scene.
+other splits those of training. What is drawn there is a function of (task, seed): RoboCasa draws from its own generator, robosuite
+from NumPy's; both are seeded. What policies are told differs from scene to scene.
 
 Observations are taken anew after each action: those that robosuite's `step` returns were sampled at the *start* of the action
 (Observable.update, first substep), while the frames and states of the data sets are those between two actions.
