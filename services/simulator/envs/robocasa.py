@@ -6,12 +6,11 @@ robocasa365  v1.0, the tasks renamed; the gymnasium environment `robocasa/<Task>
 Both look the same from outside. Control: 20 actions a second, in v0.x's order and in [-1, 1]: position and rotation of the hand
 (OSC, deltas), gripper (+1 closes, -1 opens), base velocity and torso, mode (above 0 the base moves, else the arm does). State:
 the 16 numbers of the data sets (world2act/data/robocasa.py) and the fingers' distance. Cameras: left, right, wrist, in the
-paper's
-cells. Episodes start with half-closed fingers (0.04 of 0.08 m), as robosuite's do; nothing waits until they are open.
+paper's cells. Episodes start with half-closed fingers (0.04 of 0.08 m), as robosuite's do; nothing waits until they are open.
 
 Scenes (docs/decisions/020-robocasa-scenes.md): split "evaluation" has the kitchens and objects of published evaluations, all
-other splits those of training. What is drawn there is a function of (task, seed): RoboCasa draws from its own generator, robosuite
-from NumPy's; both are seeded. What policies are told differs from scene to scene.
+other splits those of training. What is drawn there is a function of (task, seed): RoboCasa draws from its own generator,
+robosuite from NumPy's; both are seeded. What policies are told differs from scene to scene.
 
 Observations are taken anew after each action: those that robosuite's `step` returns were sampled at the *start* of the action
 (Observable.update, first substep), while the frames and states of the data sets are those between two actions.
