@@ -63,12 +63,14 @@ def segment(
     file: Path | None = None,
     demo: str | None = None,
     planner: Literal["rule", "llm"] = "rule",
+    episode: str | None = None,
 ) -> None:
-    """Cut an instruction, or the demonstrations of an HDF5 file, into skills; planner llm asks the segmenter's language model."""
+    """Cut an instruction, an uploaded HDF5 file, or data in the gateway's data folder (--episode: LeRobot, clips, many files)
+    into skills; planner llm asks the segmenter's language model."""
     from services.cli import work
 
     with Gateway(CliSettings.load()) as gateway:
-        work.show_segments(work.segment(gateway, console, instruction, file, demo, planner), console)
+        work.show_segments(work.segment(gateway, console, instruction, file, demo, planner, episode), console)
 
 
 def schemas(file: Path | None = None) -> None:

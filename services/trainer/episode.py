@@ -67,10 +67,9 @@ class Perturbation:
 
 
 def calibration(spec: Any) -> GripperCalibration:
-    """The gripper thresholds of the simulator behind `spec` (DescribeReply): its row in schemas.json, else by its open width."""
-    known = load_schemas().calibrations
-    if spec.simulator in known:
-        return known[spec.simulator]
+    """Gripper thresholds of the simulator behind `spec` (DescribeReply): its hand's in schemas.json, else by its open width."""
+    if (hand := load_schemas().hand(spec.simulator)) is not None:
+        return load_schemas().calibration(hand)
     return GripperCalibration(spec.gripper_open_width, 0.45 * spec.gripper_open_width, 0.3 * spec.gripper_open_width)
 
 
