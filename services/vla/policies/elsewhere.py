@@ -1,7 +1,7 @@
 """A base policy that runs elsewhere, behind somebody else's protocol: one question, one answer, on a connection that is kept.
 
 What the protocols share is here: the table (layouts.py), one time-out for every answer, one new attempt on a fresh connection
-when an old one broke, and errors that name the policy, its address and what was wrong. A silent server costs one time-out, not two.
+when an old one broke, and errors that name the policy, its address and what was wrong. A silent server costs one time-out.
 """
 
 from __future__ import annotations

@@ -336,7 +336,7 @@ def rotate(xyzw: FloatArray, vector: FloatArray) -> Array:
 
 @lru_cache(maxsize=32)
 def load(name: str, policy: str) -> Layout:
-    """The table of `policy` for a preset robot, or out of a .json file: {"robot": a preset's name or a Robot, "policy": a Dialect}.
+    """The table of `policy` for a preset robot, or out of a .json file: {"robot": preset's name or Robot, "policy": Dialect}.
 
     Raises ValueError that names the file or preset and the field.
     """
