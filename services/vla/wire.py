@@ -111,10 +111,10 @@ def _from_openpi(value: dict[Any, Any]) -> Any:
             return item
         if not isinstance(item, bool | int | float):
             raise WireError(f"scalar: data must be a number or text, got {type(item).__name__}")
-        try:
-            return read_dtype(value.get(b"dtype")).type(item)
-        except OverflowError:
-            raise WireError("scalar: the number does not fit its dtype") from None
+        kind = read_dtype(value.get(b"dtype"))
+        if kind.kind in "iu" and not np.iinfo(kind).min <= item <= np.iinfo(kind).max:
+            raise WireError(f"scalar: the number does not fit {kind.name}")
+        return kind.type(item)
     return value
 
 
