@@ -25,7 +25,8 @@ from services.vla.policies.base import BasePolicy
 from services.vla.settings import VlaSettings
 from services.vla.vision import Vision
 from tests.policy_servers import SERVERS, TOKEN, Brain, openpi_server
-from tests.vla_server import make_zoo
+from tests.vla_server import make_bundle, make_zoo, serving_tiny
+from world2act.bundle import Origin
 from world2act.types import FloatArray, ImageArray
 
 Code = grpc.StatusCode
@@ -303,6 +304,37 @@ def test_a_trickle_does_not_outlive_the_time_out() -> None:
         refused(policy, Code.DEADLINE_EXCEEDED, "no answer within 0.5 s")
         stop.set()
         thread.join(5)
+
+
+def test_another_server_of_ours_is_a_base_policy_and_takes_its_residuals(tmp_path: Path) -> None:
+    with serving_tiny(tmp_path) as address:
+        policy = base.make(VlaSettings(vla_policy="remote", vla_remote=address, vla_remote_timeout=10))
+        tiny = base.make(VlaSettings(zoo=tmp_path))
+        spec = policy.spec
+        assert (spec.hash, spec.cameras, spec.low, spec.high) == (
+            tiny.spec.hash,
+            tiny.spec.cameras,
+            tiny.spec.low,
+            tiny.spec.high,
+        )
+        grids, states, _ = (np.repeat(part, 6, axis=0) for part in row(policy))  # six rows: its batches hold four
+        texts = [f"{TEXT} {i}" for i in range(6)]
+        assert policy.act(grids, states, texts).tobytes() == tiny.act(grids, states, texts).tobytes()
+        with pytest.raises(RpcError, match=r"policy remote at 127\.0\.0\.1:.*instruction: must not be empty"):
+            policy.act(grids[:1], states[:1], [""])
+        vision = Vision(tmp_path / "worldmodel.safetensors")
+        bundle = make_bundle(Origin(spec.hash, vision.hash, "a" * 64), 2)
+        assert Engine(policy, vision, "a" * 64, 4).check(bundle.to_bytes(), 2, "uri").version == 2
+    with pytest.raises(RpcError) as caught:
+        policy.act(grids[:1], states[:1], [TEXT])
+    assert caught.value.code == Code.UNAVAILABLE
+
+
+def test_a_policy_server_that_is_silent_at_start_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(OSError, match=rf"policy remote at {address}: .*DEADLINE_EXCEEDED"):
+            base.make(VlaSettings(vla_policy="remote", vla_remote=address, vla_remote_timeout=0.5))
 
 
 def test_last_line_of_a_traceback() -> None:
