@@ -15,10 +15,9 @@ from services.runtime.streams import connect
 from services.runtime.telemetry import configure_logging, serve_health, start_heartbeat, stop_on_signals
 from services.vla.batcher import Batcher
 from services.vla.doors import open_doors
-from services.vla.doors.acting import Acting
 from services.vla.engine import Engine
-from services.vla.observations import DEFAULT_NAMESPACE, read_namespace
-from services.vla.policies import base, layouts
+from services.vla.observations import DEFAULT_NAMESPACE
+from services.vla.policies import base
 from services.vla.service import PolicyServicer
 from services.vla.settings import VlaSettings
 from services.vla.versions import Versions
@@ -60,12 +59,7 @@ def serve(settings: VlaSettings) -> None:
     batcher = Batcher(engine.compute, settings.vla_max_batch, settings.vla_max_wait_ms / 1000.0)
     versions = Versions(settings.vla_keep_versions, settings.vla_keep_namespaces)
     load_residual(settings, engine, versions)
-
-    def acting(protocol: str) -> Acting:
-        layout, namespace = layouts.load(settings.vla_door_layout, protocol), read_namespace(settings.vla_door_namespace)
-        return Acting(engine, batcher, versions, layout, namespace, settings.vla_door_version, settings.vla_max_batch)
-
-    closers = open_doors(settings, acting)
+    closers = open_doors(settings, engine, batcher, versions)
     servicer = PolicyServicer(engine, batcher, versions, ArtifactStore(settings.artifacts_url), settings.vla_max_batch)
     server, health, port = start_server(
         lambda s: policy_pb2_grpc.add_PolicyServicer_to_server(servicer, s),  # type: ignore[no-untyped-call]

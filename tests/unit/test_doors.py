@@ -5,10 +5,12 @@ openpi's client is openpi-client itself. GR00T's is written out here after its P
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,10 +27,8 @@ from websockets.sync.client import connect
 from services.vla.__main__ import load_engine, load_residual
 from services.vla.batcher import Batcher
 from services.vla.doors import loopback, open_doors
-from services.vla.doors.acting import Acting
 from services.vla.engine import ActJob, Chunks, Engine
 from services.vla.observations import Observations
-from services.vla.policies import layouts
 from services.vla.policies.base import BasePolicy, PolicySpec
 from services.vla.settings import VlaSettings
 from services.vla.versions import Versions
@@ -71,6 +71,7 @@ class World:
             vla_gr00t_port=free_port(),
             vla_door_token=TOKEN,
             vla_door_layout="metaworld",
+            vla_max_batch=4,
         )
         tiny = load_engine(self.settings)
         self.engine = Engine(Far(tiny.policy), tiny.vision, tiny.adapters_hash, self.settings.vla_block)
@@ -78,9 +79,10 @@ class World:
         load_residual(self.settings, self.engine, self.versions)
         self.batcher: Batcher[ActJob, Chunks] = Batcher(self.engine.compute, 32, 0.005)
 
-    def acting(self, protocol: str, version: int = -1) -> Acting:
-        layout = layouts.load(self.settings.vla_door_layout, protocol)
-        return Acting(self.engine, self.batcher, self.versions, layout, "default", version, 4)
+    def open(self, **changes: object) -> list[Callable[[], None]]:
+        """The doors with some settings changed."""
+        settings = self.settings.model_copy(update=changes)
+        return open_doors(settings, self.engine, self.batcher, self.versions)
 
     def expected(self, images: dict[str, ImageArray], state: FloatArray, text: str) -> FloatArray:
         """What base + residual is, and the plan's rest."""
@@ -93,7 +95,7 @@ class World:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     world = World(tmp_path_factory.mktemp("doors"))
-    closers = open_doors(world.settings, world.acting)
+    closers = world.open()
     yield world
     for close in closers:
         close()
@@ -197,9 +199,9 @@ def test_openpi_health_tokens_and_raw_nonsense(world: World) -> None:
 
 def test_openpi_frames_beyond_the_limit_end_the_connection(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("services.vla.doors.openpi.MAX_BYTES", 100_000)
-    settings = world.settings.model_copy(update={"vla_openpi_port": free_port(), "vla_gr00t_port": 0})
-    (close,) = open_doors(settings, world.acting)
-    raw = connect(f"ws://127.0.0.1:{settings.vla_openpi_port}", additional_headers={"Authorization": f"Api-Key {TOKEN}"})
+    port = free_port()
+    (close,) = world.open(vla_openpi_port=port, vla_gr00t_port=0)
+    raw = connect(f"ws://127.0.0.1:{port}", additional_headers={"Authorization": f"Api-Key {TOKEN}"})
     raw.recv(5)
     raw.send(b"\0" * 200_000)
     with pytest.raises(websockets.exceptions.ConnectionClosed) as caught:
@@ -310,24 +312,28 @@ def test_gr00t_mistakes_are_sentences_and_the_client_goes_on(world: World, gr00t
 
 def test_gr00t_messages_beyond_the_limit_are_not_read(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("services.vla.doors.gr00t.MAX_BYTES", 100_000)
-    settings = world.settings.model_copy(update={"vla_gr00t_port": free_port(), "vla_openpi_port": 0})
-    (close,) = open_doors(settings, world.acting)
-    client = Gr00tClient(settings.vla_gr00t_port)
+    port = free_port()
+    (close,) = world.open(vla_gr00t_port=port, vla_openpi_port=0)
+    client = Gr00tClient(port)
     assert client.call("ping")["status"] == "ok"
     client.socket.rcvtimeo = 500
     with pytest.raises(zmq.Again):
         client.raw(b"\0" * 200_000)
     client.close()
-    other = Gr00tClient(settings.vla_gr00t_port)
+    other = Gr00tClient(port)
     assert other.call("ping")["status"] == "ok"
     other.close()
     close()
 
 
 def test_a_residual_that_is_not_loaded_is_an_error_not_the_base(world: World) -> None:
-    settings = world.settings.model_copy(update={"vla_gr00t_port": free_port(), "vla_openpi_port": 0})
-    (close,) = open_doors(settings, lambda protocol: world.acting(protocol, 7))
-    client = Gr00tClient(settings.vla_gr00t_port)
+    port = free_port()
+    world.versions.add("gone", world.engine.check(world.file.read_bytes(), 7, "uri"))
+    (close,) = world.open(vla_gr00t_port=port, vla_openpi_port=0, vla_door_version=7, vla_door_namespace="gone")
+    world.versions.add("gone", world.engine.check(world.file.read_bytes(), 8, "uri"))
+    for version in range(9, 18):  # eight are kept
+        world.versions.add("gone", world.engine.check(world.file.read_bytes(), version, "uri"))
+    client = Gr00tClient(port)
     assert "version: 7 is not loaded" in client.call("get_action", {"observation": native(1)})["error"]
     client.close()
     close()
@@ -335,18 +341,21 @@ def test_a_residual_that_is_not_loaded_is_an_error_not_the_base(world: World) ->
 
 def test_doors_are_off_loopback_and_public_only_with_a_token(world: World, tmp_path: Path) -> None:
     before = threading.active_count()
-    assert open_doors(VlaSettings(), world.acting) == [] and threading.active_count() == before
+    inside = (world.engine, world.batcher, world.versions)
+    assert open_doors(VlaSettings(), *inside) == [] and threading.active_count() == before
     assert VlaSettings().vla_door_host == "127.0.0.1"
     assert [loopback(h) for h in ("127.0.0.1", "::1", "localhost", "10.0.0.1", "::", "robot.lab")] == [True] * 3 + [False] * 3
     public = VlaSettings(vla_openpi_port=free_port(), vla_door_host="::")
     with pytest.raises(ValueError, match="vla_door_token: must be set where a door binds more than loopback, here ::"):
-        open_doors(public, world.acting)
+        open_doors(public, *inside)
     for name, words in (("vla_openpi_port", "cannot bind the openpi door"), ("vla_gr00t_port", "cannot bind the gr00t door")):
         taken = VlaSettings(**{name: getattr(world.settings, name)})
         with pytest.raises(OSError, match=words):
-            open_doors(taken, world.acting)
+            open_doors(taken, *inside)
     with pytest.raises(ValueError, match="vla_door_layout: it is for cameras, state, action"):
-        Acting(world.engine, world.batcher, world.versions, layouts.load("libero", "openpi"), "default", -1, 4)
+        world.open(vla_door_layout="libero", vla_openpi_port=free_port(), vla_gr00t_port=0)
+    with pytest.raises(ValueError, match="layout: 'kitchen' is unknown for gr00t"):
+        world.open(vla_door_layout="kitchen", vla_openpi_port=0, vla_gr00t_port=free_port())
 
 
 def test_a_residual_of_other_weights_is_refused_at_start(world: World, tmp_path: Path) -> None:
@@ -358,3 +367,9 @@ def test_a_residual_of_other_weights_is_refused_at_start(world: World, tmp_path:
         load_residual(settings, world.engine, world.versions)
     with pytest.raises(FileNotFoundError):
         load_residual(world.settings.model_copy(update={"vla_residual": "nowhere"}), world.engine, world.versions)
+
+
+def test_without_doors_and_with_the_tiny_policy_none_of_the_extra_is_imported() -> None:
+    code = "import services.vla.__main__, services.vla.policies.tiny, sys; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not set(done.stdout.split()) & {"msgpack", "zmq", "websockets", "httpx", "PIL"}

@@ -160,6 +160,10 @@ def make(settings: VlaSettings) -> BasePolicy:
     if name not in REGISTRY:
         raise ValueError(f"policy: {name[:80]!r} is unknown; choose one of {', '.join(sorted(REGISTRY))}")
     module, function = REGISTRY[name].split(":")
-    policy = getattr(importlib.import_module(module), function)(settings)
+    try:
+        build = getattr(importlib.import_module(module), function)
+    except ImportError as error:
+        raise ValueError(f"policy: {name} needs {error.name}, which is missing; install the extra `policies`") from None
+    policy = build(settings)
     assert isinstance(policy, BasePolicy)
     return policy
