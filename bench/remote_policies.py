@@ -33,7 +33,7 @@ from tests.policy_servers import SERVERS, Brain, from_npy, npy
 from tests.processes import free_port
 from tests.vla_server import VlaProcess, observation
 
-ROUNDS, SECONDS = 3, 1.0
+ROUNDS, SECONDS = 3, 0.5
 SIZE = 256
 Call = Callable[[], object]
 
@@ -185,7 +185,7 @@ def doors() -> list[dict[str, object]]:
 
 
 def run() -> list[dict[str, object]]:
-    """Rows for `python -m bench`; about 40 seconds if idle."""
+    """Rows for `python -m bench`; about half a minute if idle."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     made = [row for name in SERVERS for row in adapter(name)] + doors()

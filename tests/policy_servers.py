@@ -19,6 +19,7 @@ import msgpack
 import numpy as np
 import zmq
 from openpi_client import msgpack_numpy
+from websockets.exceptions import ConnectionClosed
 from websockets.sync.server import ServerConnection, serve
 
 from services.vla.policies import layouts
@@ -73,7 +74,11 @@ def openpi_server(brain: Brain) -> Iterator[str]:
     def handle(connection: ServerConnection) -> None:
         pack = msgpack_numpy.packb
         connection.send(pack({"policy": "made up"}))
-        for frame in connection:
+        while True:
+            try:
+                frame = connection.recv()
+            except ConnectionClosed:
+                return
             try:
                 if brain.fault == "silent":
                     brain.gone.wait(SILENCE)
