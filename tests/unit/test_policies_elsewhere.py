@@ -5,6 +5,7 @@ The servers are those of tests/policy_servers.py, which share no code with the a
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import socket
 import threading
@@ -335,6 +336,13 @@ def test_a_policy_server_that_is_silent_at_start_is_named() -> None:
         address = f"127.0.0.1:{server.getsockname()[1]}"
         with pytest.raises(OSError, match=rf"policy remote at {address}: .*DEADLINE_EXCEEDED"):
             base.make(VlaSettings(vla_policy="remote", vla_remote=address, vla_remote_timeout=0.5))
+
+
+def test_lerobot_without_its_package_says_so() -> None:
+    if importlib.util.find_spec("lerobot") is not None:
+        pytest.skip("lerobot is installed here")
+    with pytest.raises(ValueError, match="policy lerobot: the package lerobot is not installed in this environment"):
+        base.make(VlaSettings(vla_policy="lerobot"))
 
 
 def test_last_line_of_a_traceback() -> None:
