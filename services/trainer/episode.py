@@ -7,6 +7,7 @@ would tell the learner about it by the episode's length; nor does what is record
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -91,10 +92,12 @@ def run_episode(
     perturb = Perturbation(request.seed, request.noise, std)
     grid = simulator.grid()
     recorded.video.append(grid)
+    attempt, done_actions = uuid.uuid4().hex, 0  # a request that is delivered twice must not go on with the other's plan
     for _ in range(limit):
         base, combined, recorded.version = policy.act(
-            simulator.images, state, recorded.instruction, request.namespace, recorded.version
+            simulator.images, state, recorded.instruction, request.namespace, recorded.version, attempt, done_actions
         )
+        done_actions += len(combined)
         executed = perturb(combined, simulator.low, simulator.high)
         recorded.frames.append(grid)
         recorded.states.append(state)
