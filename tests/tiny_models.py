@@ -205,7 +205,7 @@ BUILDERS: dict[str, Callable[[], dict[str, Any]]] = {
     "ltx_video": ltx_video,
     "hunyuan_video15": hunyuan_video15,
 }
-SIZES = {"cosmos_predict2": "32x48", "wan22": "32x48", "ltx_video": "32x48", "hunyuan_video15": "32x48"}
+SIZES = {"cosmos_predict2": "32x64", "wan22": "32x64", "ltx_video": "32x64", "hunyuan_video15": "32x64"}
 """Small and not square: heights and widths that were swapped would show."""
 
 

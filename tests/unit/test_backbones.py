@@ -24,7 +24,7 @@ from services.worldmodel.settings import WorldModelSettings
 from tests import tiny_models
 from tests.integration.triton_process import make_zoo
 
-HEIGHT, WIDTH = 32, 48
+HEIGHT, WIDTH = 32, 64
 DIFFUSION = sorted(tiny_models.BUILDERS)
 
 
@@ -115,7 +115,7 @@ def test_start_frames_of_another_size_are_letterboxed(loaded: dict[str, Any], na
     backbone = loaded[name]
     square = np.full((1, 64, 64, 3), 255, np.uint8)
     boxed = np.zeros((1, HEIGHT, WIDTH, 3), np.uint8)
-    boxed[:, :, 8:40] = 255
+    boxed[:, :, 16:48] = 255
     assert np.array_equal(backbone.imagine(square, ["a"], [0], 1, 2, 1.0), backbone.imagine(boxed, ["a"], [0], 1, 2, 1.0))
 
 
@@ -160,9 +160,10 @@ def by_diffusers(backbone: Any, frame: np.ndarray, prompt: str, seed: int, horiz
     if backbone.name == "ltx_video":
         pipe = diffusers.LTXConditionPipeline(**parts)
         condition = diffusers.pipelines.ltx.pipeline_ltx_condition.LTXVideoCondition(image=image)
-        more = {"image_cond_noise_scale": 0.0, "frame_rate": 16, "max_sequence_length": 256}
-        packed = pipe(conditions=condition, prompt=prompt, negative_prompt="", latents=noise, guidance_scale=guidance, **more, **size, **common)[0]
-        return pipe._unpack_latents(packed, 1 + horizon, *noise.shape[-2:]) if packed.ndim == 3 else packed
+        more = {"image_cond_noise_scale": 0.0, "frame_rate": 16, "max_sequence_length": 256, "guidance_scale": guidance}
+        generator = torch.Generator().manual_seed(seed)  # it draws its noise itself
+        texts = {"prompt": prompt, "negative_prompt": ""}
+        return pipe(conditions=condition, generator=generator, **texts, **more, **size, **common)[0]
     guider = diffusers.ClassifierFreeGuidance(guidance_scale=guidance)
     pipe = diffusers.HunyuanVideo15ImageToVideoPipeline(**parts, guider=guider)
     pipe.video_processor.calculate_default_height_width = lambda **_: (HEIGHT, WIDTH)
@@ -290,7 +291,7 @@ def retell(folder: Path, component: str, kind: str | None) -> None:
     [
         ({"backbone_model": ""}, "W2A_BACKBONE_MODEL: backbone cosmos_predict2 needs"),
         ({"backbone_model": "no such folder"}, "neither a folder nor the id"),
-        ({"backbone_size": "30x48"}, "backbone_size: height 30 must be a multiple of 16"),
+        ({"backbone_size": "30x64"}, "backbone_size: height 30 must be a multiple of 16"),
         ({"backbone_frames": 16}, r"backbone_frames: must be 1 \+ a multiple of 4"),
     ],
 )
@@ -313,7 +314,7 @@ def test_size_must_be_a_size() -> None:
 
 def test_a_vae_that_compresses_otherwise_is_not_served(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """LTX's released VAE makes one latent of eight frames; with four it would be served."""
-    for key, value in {"BACKBONE": "ltx_video", "BACKBONE_MODEL": str(models / "ltx_video"), "BACKBONE_SIZE": "32x48", "BACKBONE_FRAMES": "17"}.items():
+    for key, value in {"BACKBONE": "ltx_video", "BACKBONE_MODEL": str(models / "ltx_video"), "BACKBONE_SIZE": "32x64", "BACKBONE_FRAMES": "17"}.items():
         monkeypatch.setenv(f"W2A_{key}", value)
     with pytest.raises(ValueError, match=r"ltx_video makes one latent of 8 frames, but an action chunk is M = 4 actions"):
         serving.load_worldmodel("cpu")
@@ -333,5 +334,5 @@ def test_out_of_memory_is_said_and_survived(models: Path) -> None:
         return serving.Call(frame, ["push"], [0], horizon, 2, 1.0, frozenset({"latents"}))
 
     huge, small = server.run([call(10**12), call(1)])
-    assert isinstance(huge, BackboneMemoryError) and "out of memory for a clip of 1000000000001 latents at 32x48 on cpu" in str(huge)
+    assert isinstance(huge, BackboneMemoryError) and "out of memory for a clip of 1000000000001 latents at 32x64 on cpu" in str(huge)
     assert isinstance(small, dict) and small["latents"].shape[1] == 2, "the next call works"
