@@ -26,6 +26,7 @@ from services.runtime.messages import (
 from services.runtime.streams import backlog, publish, read_all
 from services.worldmodel import worker as worker_module
 from services.worldmodel.backbones import BackboneInfo, load_backbone
+from services.worldmodel.settings import WorldModelSettings
 from services.worldmodel.client import Served, TritonFailedError, TritonRefusedError, TritonUnavailableError
 from services.worldmodel.imagination import ServedChangedError, Task, imagine, read_task, row_seed
 from services.worldmodel.serving import WorldModelServer, read_call
@@ -399,6 +400,6 @@ def test_bad_inputs_name_the_field(change: dict[str, np.ndarray], message: str) 
         read_call({**inputs(2), **change}, ALL)
 
 
-def test_unknown_backbone(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="backbone: 'huge' is unknown; choose one of small"):
-        load_backbone("huge", tmp_path, "cpu")
+def test_unknown_backbone() -> None:
+    with pytest.raises(ValueError, match="backbone: 'huge' is unknown; choose one of cosmos_predict2, .*small"):
+        load_backbone(WorldModelSettings(backbone="huge"), "cpu")
