@@ -23,7 +23,8 @@ from services.cli.settings import CliSettings
 
 MODULES = {
     "demos": "services.simulator.collect",
-    "train-worldmodel": "world2act.worldmodel_training",
+    "train-worldmodel": "services.worldmodel.training",
+    "evaluate-worldmodel": "services.worldmodel.evaluate",
     "train-base": "world2act.behaviour_cloning",
     "stage1": "world2act.stage1",
     "experiment": "experiments",
@@ -200,7 +201,8 @@ def _module(name: str) -> Callable[[], None]:
 
     command.__doc__ = {
         "demos": "Collect demonstrations with the scripted experts. Own options: world2act demos --help.",
-        "train-worldmodel": "Train video VAE and world model on skill clips. Own options: world2act train-worldmodel --help.",
+        "train-worldmodel": "Train the embedded world model, or fine-tune a large one (--backbone). Own options: --help after it.",
+        "evaluate-worldmodel": "Quality of world models on held-out clips. Own options: world2act evaluate-worldmodel --help.",
         "train-base": "Train the base policy by behaviour cloning. Own options: world2act train-base --help.",
         "stage1": "Train the adapters (Stage 1). Own options: world2act stage1 --help.",
         "experiment": "Measure: main, methods, worldmodel, objectives, adapters, ... Own options: world2act experiment --help.",
@@ -220,6 +222,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "imagine": imagine,
     "rollout": rollout,
     "train-worldmodel": _module("train-worldmodel"),
+    "evaluate-worldmodel": _module("evaluate-worldmodel"),
     "train-base": _module("train-base"),
     "stage1": _module("stage1"),
     "experiment": _module("experiment"),

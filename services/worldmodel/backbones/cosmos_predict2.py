@@ -10,6 +10,7 @@ Guidance: diffusers adds g times the difference to the conditional prediction, s
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from types import SimpleNamespace
 from typing import Any
 
@@ -41,12 +42,16 @@ class CosmosPredict2(DiffusionBackbone):
     guidance = 8.0
     negative = DEFAULT_NEGATIVE_PROMPT
 
-    def __init__(self, folder: ModelFolder, settings: WorldModelSettings, device: str) -> None:
-        self.guardrail = make_guardrail() if settings.guardrail else None
-        super().__init__(folder, settings, device)
-        scheduler = self.parts["scheduler"]  # the same sigmas as the pipeline's constructor sets
-        scheduler.register_to_config(sigma_max=80.0, sigma_min=0.002, sigma_data=1.0, final_sigmas_type="sigma_min")
-        if self.parts["transformer"].config.concat_padding_mask and not is_torchvision_available():
+    def __init__(
+        self, folder: ModelFolder, settings: WorldModelSettings, device: str, only: Collection[str] | None = None
+    ) -> None:
+        # Parts of the model alone show nothing to anybody: training looks at its own data.
+        self.guardrail = make_guardrail() if settings.guardrail and only is None else None
+        super().__init__(folder, settings, device, only)
+        if "scheduler" in self.parts:  # the same sigmas as the pipeline's constructor sets
+            sigmas = {"sigma_max": 80.0, "sigma_min": 0.002, "sigma_data": 1.0, "final_sigmas_type": "sigma_min"}
+            self.parts["scheduler"].register_to_config(**sigmas)
+        if not is_torchvision_available():
             # The model resizes its (empty) padding mask by torchvision, which is not needed for anything else.
             transformer_cosmos.transforms = SimpleNamespace(
                 functional=SimpleNamespace(resize=_resize), InterpolationMode=SimpleNamespace(NEAREST="nearest")

@@ -13,7 +13,7 @@ import json
 import resource
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -51,18 +51,23 @@ class DiffusionBackbone(ABC):
     negative: ClassVar[str] = ""
     tokens: ClassVar[int] = 512
     """Tokens that the text encoder reads."""
+    given_first: ClassVar[bool] = True
+    """Whether latent 0 is given in its place, and not denoised."""
     lora_rank: ClassVar[int | None] = None
     """Rank with which the paper fine-tunes it; None: whole."""
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
 
-    def __init__(self, folder: ModelFolder, settings: WorldModelSettings, device: str) -> None:
+    def __init__(
+        self, folder: ModelFolder, settings: WorldModelSettings, device: str, only: Collection[str] | None = None
+    ) -> None:
+        """only: components to load, for who does not need all of them (the VAE always)."""
         folder.check(self.components)
         self.folder, self.settings, self.device = folder, settings, torch.device(device)
         self.dtype = precision(settings, device)
         self.height, self.width, self.clip_frames, self.layout = shape_of(type(self), folder, settings)
-        self.parts: dict[str, Any] = {name: self._load(name) for name in self.components}
-        self.transformer, self.vae = self.parts["transformer"], self.parts["vae"]
-        if (lora := folder.lora()) is not None:
+        self.parts: dict[str, Any] = {name: self._load(name) for name in self.components if only is None or name in only}
+        self.transformer, self.vae = self.parts.get("transformer"), self.parts["vae"]
+        if self.transformer is not None and (lora := folder.lora()) is not None:
             self.transformer.load_lora_adapter(str(lora.parent), weight_name=lora.name, prefix=None)
         if settings.backbone_compile:
             self.transformer = torch.compile(self.transformer)

@@ -54,6 +54,12 @@ class ModelFolder:
             if (found := self.kind(name)) not in classes:
                 raise ModelError(f"model folder {folder.parent}: component {name!r} is a {found}, need {' or '.join(classes)}")
 
+    def write_note(self, note: dict[str, Any]) -> None:
+        """Write world2act.json, whole or not at all."""
+        temporary = self.path / f".{NOTE}"
+        temporary.write_text(json.dumps(note, indent=2))
+        temporary.replace(self.path / NOTE)
+
     def kind(self, component: str) -> str:
         """The class of a component, as model_index.json says."""
         if self.base is not None:

@@ -41,6 +41,7 @@ class HunyuanVideo15(DiffusionBackbone):
     guidance = 6.0
     tokens = 1000
     tokens_2 = 256
+    given_first = False
     lora_rank = 8
 
     @classmethod
