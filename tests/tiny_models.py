@@ -87,7 +87,9 @@ def wan22() -> dict[str, Any]:
         num_layers=2,
         rope_max_seq_len=64,
     )
-    scheduler = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=5.0, num_train_timesteps=1000)
+    scheduler = UniPCMultistepScheduler(
+        use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=5.0, num_train_timesteps=1000
+    )
     return {
         "transformer": transformer,
         "vae": wan_vae(),

@@ -201,7 +201,7 @@ def _module(name: str) -> Callable[[], None]:
 
     command.__doc__ = {
         "demos": "Collect demonstrations with the scripted experts. Own options: world2act demos --help.",
-        "train-worldmodel": "Train the embedded world model, or fine-tune a large one (--backbone). Own options: --help after it.",
+        "train-worldmodel": "Train the embedded world model, or with --backbone fine-tune a large one: --help.",
         "evaluate-worldmodel": "Quality of world models on held-out clips. Own options: world2act evaluate-worldmodel --help.",
         "train-base": "Train the base policy by behaviour cloning. Own options: world2act train-base --help.",
         "stage1": "Train the adapters (Stage 1). Own options: world2act stage1 --help.",

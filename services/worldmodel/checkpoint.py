@@ -1,7 +1,7 @@
 """Checkpoints of a fine-tuning, and its result: safetensors only, each written whole or not at all.
 
-Each process keeps its own part (a shard, or with plain data parallelism the whole): weights, running average, AdamW's two moments.
-No random state is needed, because every draw is a function of the step (finetune.py).
+Each process keeps its own part (a shard, or with plain data parallelism the whole): weights, running average, AdamW's moments. No
+random state is needed, because every draw is a function of the step (finetune.py).
 """
 
 from __future__ import annotations
@@ -25,6 +25,27 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
     """What this process holds of a tensor that may be sharded."""
     local: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return local.detach()
+
+
+def shard(transformer: Any, device: str) -> Any:
+    """Shard weights, gradients and optimiser state over all processes, block by block (torch's FSDP2), in place."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(torch.device(device).type, (torch.distributed.get_world_size(),))
+    for block in getattr(transformer, "transformer_blocks", None) or transformer.blocks:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(transformer, mesh=mesh)
+
+
+def whole_state(transformer: Any) -> dict[str, torch.Tensor]:
+    """All weights, gathered from their shards, on the CPU; on the first process only. Every process must call it."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    if not any(hasattr(p, "to_local") for p in transformer.parameters()):
+        return dict(transformer.state_dict())
+    gathered: Any = get_model_state_dict(transformer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return dict(gathered)
 
 
 def save(
@@ -68,7 +89,9 @@ def load(
     with safe_open(file, "pt") as kept:
         state = json.loads(kept.metadata()["state"])
         if state["processes"] != accelerator.num_processes:
-            raise ValueError(f"resume: {out / FOLDER} is of {state['processes']} processes, these are {accelerator.num_processes}")
+            raise ValueError(
+                f"resume: {out / FOLDER} is of {state['processes']} processes, these are {accelerator.num_processes}"
+            )
         if state["identity"] != identity:
             raise ValueError(f"resume: {out / FOLDER} is of a run with other settings or data")
         with torch.no_grad():

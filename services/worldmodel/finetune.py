@@ -3,11 +3,11 @@
     world2act train-worldmodel --backbone cosmos_predict2 --model FOLDER --data DEMOS --out OUT [--processes 8 --fsdp]
 
 1. Clips become latents and text embeddings once (windows.py); VAE and text encoder are then only in the way and are dropped.
-2. x_t = (1-t) x0 + t noise at a random t; the transformer learns v = noise - x0 on latents 1 .. n, under the start latent and prompt.
+2. x_t = (1-t) x0 + t noise at a random t; the transformer learns v = noise - x0 on latents 1 .. n, under start and prompt.
 3. OUT holds what was trained (a running average) and world2act.json, which names the base. Load it as W2A_BACKBONE_MODEL=OUT.
 
-Every draw is a function of (seed, step, micro-batch, process), so a run that stopped goes on to the same bits with --resume and the
-same number of processes.
+Every draw is a function of (seed, step, micro-batch, process), so a run that stopped goes on to the same bits with --resume and
+the same number of processes.
 """
 
 from __future__ import annotations
@@ -108,16 +108,30 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.backbone not in BACKBONES or self.backbone == "small":
-            raise ValueError(f"backbone: {self.backbone!r} is unknown; choose one of {', '.join(sorted(set(BACKBONES) - {'small'}))}")
+            raise ValueError(
+                f"backbone: {self.backbone!r} is unknown; choose one of {', '.join(sorted(set(BACKBONES) - {'small'}))}"
+            )
         for name in ("steps", "batch", "accumulate", "processes", "checkpoint_steps", "log_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: must be >= 1, got {getattr(self, name)}")
+        if self.fsdp and self.processes < 2:
+            raise ValueError("fsdp: needs --processes of 2 at least")
         if "wandb" in self.trackers and importlib.util.find_spec("wandb") is None:
             raise ValueError("trackers: wandb is not installed: pip install wandb")
 
     def identity(self) -> str:
         """What must not change between a run and its continuation."""
-        free = ("steps", "resume", "checkpoint_steps", "sample_steps", "sample_clips", "sample_denoising", "log_steps", "trackers", "threads")
+        free = (
+            "steps",
+            "resume",
+            "checkpoint_steps",
+            "sample_steps",
+            "sample_clips",
+            "sample_denoising",
+            "log_steps",
+            "trackers",
+            "threads",
+        )
         values = {k: str(v) for k, v in asdict(self).items() if k not in (*free, "out", "cache")}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
@@ -127,7 +141,6 @@ class Run:
 
     def __init__(self, settings: Settings, progress: Progress = no_progress) -> None:
         from accelerate import Accelerator
-        from accelerate.utils import FullyShardedDataParallelPlugin
 
         self.settings, self.progress = settings, progress
         self.kind: type[DiffusionBackbone] = _kind(settings.backbone)
@@ -138,12 +151,10 @@ class Run:
         self.rank = {"paper": settings.rank or self.kind.lora_rank, "full": None, "lora": rank or 32}[settings.method]
         cpu = not torch.cuda.is_available()
         half = settings.precision == "bfloat16" or (settings.precision == "auto" and not cpu)
-        plugin = FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=True) if settings.fsdp else None
         self.accelerator = Accelerator(
             cpu=cpu,
             mixed_precision="bf16" if half else "no",
             gradient_accumulation_steps=settings.accumulate,
-            fsdp_plugin=plugin,
             log_with=list(settings.trackers),
             project_dir=str(settings.out),
         )
@@ -169,7 +180,7 @@ class Run:
         own = (s.data / Split.VALIDATION.value).is_dir()
         wanted = [(s.data, Split.WORLDMODEL)] + ([(s.held_out or s.data, Split.VALIDATION)] if s.held_out or own else [])
         digest = diffusion.result_hash(self.kind, self.folder, settings, self.device)
-        height, width, frames, layout = diffusion.shape_of(self.kind, self.folder, settings)
+        height, width, frames, _ = diffusion.shape_of(self.kind, self.folder, settings)
         horizon = (frames - 1) // self.kind.compression(self.folder)[0][0]
         root = s.cache or s.out / "cache"
         places = [root / cache_name(digest, data, split, s.segmented, s.limit, horizon) for data, split in wanted]
@@ -200,7 +211,8 @@ class Run:
     def prepare_model(self) -> None:
         """Transformer (with LoRA, or whole), optimiser, running average; distributed as asked."""
         s = self.settings
-        half = self.rank is not None and self.device != "cpu"  # frozen weights need no float32
+        # Frozen weights need no float32; but a shard's weights must be of one type.
+        half = self.rank is not None and self.device != "cpu" and not s.fsdp
         only = {"transformer", "vae", "scheduler"}
         self.backbone = self.kind(self.folder, self.backbone_settings("bfloat16" if half else "float32"), self.device, only)
         transformer = self.backbone.transformer
@@ -217,12 +229,12 @@ class Run:
         if s.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
         transformer.train()
-        trained = [p for p in transformer.parameters() if p.requires_grad]
-        self.rate = s.rate or (PAPER_RATE if self.rank is None else LORA_RATE)
-        optimiser = torch.optim.AdamW(trained, lr=self.rate, betas=(0.9, 0.95), weight_decay=s.weight_decay)
-        self.model, self.optimiser = self.accelerator.prepare(transformer, optimiser)
+        self.model = checkpoint.shard(transformer, self.device) if s.fsdp else self.accelerator.prepare(transformer)
         self.backbone.transformer = self.model
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.rate = s.rate or (PAPER_RATE if self.rank is None else LORA_RATE)
+        optimiser = torch.optim.AdamW(self.trained, lr=self.rate, betas=(0.9, 0.95), weight_decay=s.weight_decay)
+        self.optimiser = self.accelerator.prepare(optimiser)
         self.average = [p.detach().clone() for p in self.trained]
 
     # --- training --------------------------------------------------------------------------------------------------------
@@ -240,7 +252,8 @@ class Run:
         t = random_time(len(x0), generator, s.time_mean, s.time_spread).to(self.device)
         x0, given = x0.to(self.device), {name: value.to(self.device) for name, value in given.items()}
         at = t.view(-1, 1, 1, 1, 1)
-        v = self.backbone.velocity((1 - at) * x0 + at * noise, x0[:, :, :1], t, given)
+        with self.accelerator.autocast():
+            v = self.backbone.velocity((1 - at) * x0 + at * noise, x0[:, :, :1], t, given)
         return (v - (noise - x0))[:, :, int(self.kind.given_first) :].square().mean()
 
     def one_step(self, cache: Cache) -> dict[str, float]:
@@ -293,6 +306,7 @@ class Run:
             "rank": self.rank,
             "processes": self.accelerator.num_processes,
             "trained_parameters": sum(p.numel() for p in self.trained),
+            "sharded": s.fsdp,
             "clips": len(cache.clips),
             "loss": values["loss"],
             "seconds": {"encoding": round(encoded - began, 1), "a_step": round((done - encoded) / max(1, self.step - first), 3)},
@@ -324,7 +338,9 @@ class Run:
         for number in np.linspace(0, len(cache.clips) - 1, min(s.sample_clips, len(cache.clips))).astype(int):
             true, seen = cache.clip(int(number))
             true = true.to(self.device)
-            given, free = ({k: v.to(self.device) for k, v in {**cache.text(p), **seen}.items()} for p in (cache.clips[number].prompt, ""))
+            given, free = (
+                {k: v.to(self.device) for k, v in {**cache.text(p), **seen}.items()} for p in (cache.clips[number].prompt, "")
+            )
             noise = backbone.noise(s.seed + int(number), true.shape[2])
             imagined = backbone.sample(true[:, :, :1], given, free, noise, s.sample_denoising, backbone.guidance)
             if self.accelerator.is_main_process:
@@ -339,10 +355,10 @@ class Run:
     def export(self, card: dict[str, Any]) -> None:
         """The running average, and the note that makes the folder a model. The note comes last: a folder without it is none."""
         self._swap()
-        state = self.accelerator.get_state_dict(self.model)
+        plain = self.accelerator.unwrap_model(self.model)
+        state = checkpoint.whole_state(plain)
         self._swap()
         if self.accelerator.is_main_process:
-            plain = self.accelerator.unwrap_model(self.model)
             checkpoint.write_weights(self.settings.out, plain, state, self.rank is not None)
             note = self.note | ({"lora": {"rank": self.rank}} if self.rank is not None else {}) | {"card": card}
             ModelFolder(self.settings.out).write_note(note)
@@ -351,7 +367,11 @@ class Run:
 
 def _kind(name: str) -> type[DiffusionBackbone]:
     module = importlib.import_module(BACKBONES[name])
-    kinds = [k for k in vars(module).values() if isinstance(k, type) and issubclass(k, DiffusionBackbone) and k is not DiffusionBackbone]
+    kinds = [
+        k
+        for k in vars(module).values()
+        if isinstance(k, type) and issubclass(k, DiffusionBackbone) and k is not DiffusionBackbone
+    ]
     return next(k for k in kinds if k.name == name)
 
 

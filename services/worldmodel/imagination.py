@@ -142,7 +142,8 @@ def _group(row: _Row, skill: int) -> _Group:
 
 
 def imagine(tasks: Sequence[Task], generate: Generate, served: Served) -> list[Imagined]:
-    """Imagine all rows of all tasks, as many rows a call as the world model takes. Raises what `generate` raises, and ServedChangedError."""
+    """Imagine all rows of all tasks, as many a call as the world model takes. Raises what `generate` raises, and
+    ServedChangedError."""
     rows = [_Row(task, i, frame) for task in tasks for i, frame in enumerate(task.frames)]
     skill, rows_a_call = 0, min(MAX_ROWS, served.worldmodel.rows)
     while active := [row for row in rows if skill < len(row.task.request.skills[row.index])]:

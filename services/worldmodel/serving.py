@@ -178,8 +178,8 @@ def check_compression(backbone: Backbone) -> Backbone:
     found = backbone.info.temporal_compression
     if found != M:
         raise ValueError(
-            f"W2A_BACKBONE: the VAE of {backbone.info.name} makes one latent of {found} frames, but an action chunk is M = {M} actions: "
-            "its latents pair with no chunk. It can be fine-tuned and measured, not used for Stage 1 and Stage 2"
+            f"W2A_BACKBONE: the VAE of {backbone.info.name} makes one latent of {found} frames, but an action chunk is M = {M} "
+            "actions: its latents pair with no chunk. It can be fine-tuned and measured, not used for Stage 1 and Stage 2"
         )
     return backbone
 

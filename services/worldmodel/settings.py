@@ -14,13 +14,16 @@ class WorldModelSettings(CommonSettings):
 
     backbone: str = Field("small", description="world model that Triton serves: a name in services/worldmodel/backbones")
     backbone_model: str = Field(
-        "", description="its weights: a folder in the diffusers layout, or a hub's id (owner/name); small: a file, empty: the zoo's"
+        "",
+        description="its weights: a folder in the diffusers layout, or a hub's id (owner/name); small: a file, empty: the zoo's",
     )
     backbone_size: str = Field(
         "", description="HEIGHTxWIDTH of its frames; empty: what the folder was fine-tuned at, else the model's own"
     )
     backbone_frames: int = Field(0, ge=0, description="frames of its longest clip; 0: as for the size")
-    backbone_dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on a GPU, float32 on a CPU")
+    backbone_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: bfloat16 on a GPU, float32 on a CPU"
+    )
     backbone_compile: bool = Field(False, description="torch.compile its transformer")
     backbone_cache: float = Field(
         0.0, ge=0, le=1, description="step caching: skip a step after two whose predictions differ by less than this; 0: never"
@@ -28,7 +31,9 @@ class WorldModelSettings(CommonSettings):
     backbone_layout: Literal["auto", "none", "robocasa", "libero", "metaworld"] = Field(
         "auto", description="camera layout told before each prompt; auto: the one that the folder was fine-tuned with, else none"
     )
-    guardrail: bool = Field(True, description="NVIDIA's guardrail for cosmos_predict2, which its licence requires; off: own weights")
+    guardrail: bool = Field(
+        True, description="NVIDIA's guardrail for cosmos_predict2, which its licence requires; off: own weights"
+    )
     imagine_batch: int = Field(
         16, ge=1, le=256, description="requests that the imagination worker takes at once and batches together"
     )

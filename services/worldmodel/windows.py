@@ -32,11 +32,12 @@ INDEX = "index.json"
 
 @dataclass(frozen=True)
 class Window:
-    """One clip: frames uint8 (1+M*n, H, W, 3) of the camera grid."""
+    """One clip: frames uint8 (1+M*n, H, W, 3) of the camera grid, from action `start` of its episode on."""
 
     task: str
     prompt: str
     frames: Frames
+    start: int
 
 
 def read_episodes(data: Path, split: Split, limit: int | None = None) -> Iterator[Episode]:
@@ -64,7 +65,7 @@ def cut_windows(episode: Episode, segmented: bool, compression: int, horizon: in
         for first in range(0, total, horizon):
             start = skill.start + compression * first
             stop = start + compression * min(horizon, total - first)
-            yield Window(episode.task, skill.prompt, grid[start : stop + 1])
+            yield Window(episode.task, skill.prompt, grid[start : stop + 1], start)
 
 
 @dataclass(frozen=True)
@@ -134,8 +135,8 @@ def fill(
     part: tuple[int, int] = (0, 1),
     progress: Progress = no_progress,
 ) -> list[Kept]:
-    """Encode this process' share of the clips; part: (which, of how many processes). Returns all clips; who is part 0 writes the index
-    when every process has returned (`finish`)."""
+    """Encode this process' share of the clips; part: (which, of how many processes). Returns all clips; who is part 0 writes the
+    index when every process has returned (`finish`)."""
     cache.mkdir(parents=True, exist_ok=True)
     kept: list[Kept] = []
     info = backbone.info

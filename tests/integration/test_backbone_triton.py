@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,7 +26,11 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[TritonPro
     root = tmp_path_factory.mktemp("cosmos")
     folder = tiny_models.build("cosmos_predict2", root / "model")
     settings = WorldModelSettings(
-        backbone="cosmos_predict2", backbone_model=str(folder), backbone_size="32x64", backbone_frames=4 * 10**9 + 1, guardrail=False
+        backbone="cosmos_predict2",
+        backbone_model=str(folder),
+        backbone_size="32x64",
+        backbone_frames=4 * 10**9 + 1,
+        guardrail=False,
     )
     adapters = AdapterSettings(channels=4)
     statistics = Statistics(torch.zeros(4), torch.ones(4))
@@ -47,7 +50,9 @@ def test_triton_serves_the_same_latents_as_this_process(served: tuple[TritonProc
     try:
         info = client.served().worldmodel
         assert info == backbone.info and (info.name, info.temporal_compression, info.steps) == ("cosmos_predict2", 4, 35)
-        found, worldmodel, _ = client.imagine(frames, ["open the drawer", "push"], [3, 4], 2, 4, 2.0, ("e_v", "latents", "frames"))
+        found, worldmodel, _ = client.imagine(
+            frames, ["open the drawer", "push"], [3, 4], 2, 4, 2.0, ("e_v", "latents", "frames")
+        )
         assert worldmodel == info.hash and found["e_v"].shape == (2, 2, 32)
         latents = backbone.imagine(frames, ["open the drawer", "push"], [3, 4], 2, 4, 2.0)
         np.testing.assert_allclose(found["latents"], latents, atol=1e-4)

@@ -41,7 +41,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def settings(models: Path, name: str, **changes: Any) -> WorldModelSettings:
     if name == "small":
         return WorldModelSettings(backbone="small", zoo=models / "zoo", **changes)
-    values = {"backbone_model": str(models / name), "backbone_size": f"{HEIGHT}x{WIDTH}", "backbone_frames": 17, "guardrail": False}
+    values = {
+        "backbone_model": str(models / name),
+        "backbone_size": f"{HEIGHT}x{WIDTH}",
+        "backbone_frames": 17,
+        "guardrail": False,
+    }
     return WorldModelSettings(backbone=name, **{**values, **changes})
 
 
@@ -73,7 +78,9 @@ def test_contract(loaded: dict[str, Any], models: Path, name: str) -> None:
     again = backbone.imagine(frames[1:2], prompts[1:2], seeds[1:2], 2, 3, 1.5)
     np.testing.assert_allclose(again[0], latents[1], atol=1e-5)
     for changed in ({"seeds": [7]}, {"prompts": ["close the drawer"]}, {"start": frames[:1]}):
-        other = backbone.imagine(**{"start": frames[1:2], "prompts": prompts[1:2], "seeds": seeds[1:2], **changed}, horizon=2, steps=3, guidance=1.5)
+        other = backbone.imagine(
+            **{"start": frames[1:2], "prompts": prompts[1:2], "seeds": seeds[1:2], **changed}, horizon=2, steps=3, guidance=1.5
+        )
         assert np.abs(other[:, 1:] - again[:, 1:]).max() > 1e-6, changed
     clips = backbone.decode(latents)
     assert clips.shape == (3, 1 + 2 * M, *info.frame_shape) and clips.dtype == np.uint8
@@ -97,7 +104,14 @@ def test_contract(loaded: dict[str, Any], models: Path, name: str) -> None:
 )
 def test_bad_calls_name_the_field(loaded: dict[str, Any], name: str, change: dict[str, Any], message: str) -> None:
     backbone = loaded[name]
-    call = {"start": starts(1, backbone.info.frame_shape), "prompts": ["a"], "seeds": [0], "horizon": 1, "steps": 3, "guidance": 1.0}
+    call = {
+        "start": starts(1, backbone.info.frame_shape),
+        "prompts": ["a"],
+        "seeds": [0],
+        "horizon": 1,
+        "steps": 3,
+        "guidance": 1.0,
+    }
     with pytest.raises(ValueError, match=message):
         backbone.imagine(**{**call, **change})
 
@@ -141,7 +155,9 @@ class Unchecked:
         return None if self.refuse == "video" else frames
 
 
-def by_diffusers(backbone: Any, frame: np.ndarray, prompt: str, seed: int, horizon: int, steps: int, guidance: float) -> torch.Tensor:
+def by_diffusers(
+    backbone: Any, frame: np.ndarray, prompt: str, seed: int, horizon: int, steps: int, guidance: float
+) -> torch.Tensor:
     """Latents (1, C, K, h, w) of diffusers' own pipeline on the same components and noise."""
     import diffusers
     from PIL import Image
@@ -266,10 +282,16 @@ def test_the_guardrail_sees_prompts_and_frames(models: Path, monkeypatch: pytest
         (lambda f: shutil.rmtree(f / "vae"), "component 'vae' is missing"),
         (lambda f: shutil.rmtree(f / "text_encoder"), "component 'text_encoder' is missing"),
         (lambda f: [p.unlink() for p in (f / "transformer").glob("*.safetensors")], "component 'transformer' has no weights"),
-        (lambda f: (f / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"x" * 100), "transformer cannot be loaded"),
+        (
+            lambda f: (f / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"x" * 100),
+            "transformer cannot be loaded",
+        ),
         (lambda f: (f / "model_index.json").unlink(), "has neither model_index.json"),
         (lambda f: (f / "model_index.json").write_text("[1"), "model_index.json is no JSON object"),
-        (lambda f: retell(f, "text_encoder", "T5ForSomethingElse"), "'text_encoder' is a T5ForSomethingElse, need T5EncoderModel"),
+        (
+            lambda f: retell(f, "text_encoder", "T5ForSomethingElse"),
+            "'text_encoder' is a T5ForSomethingElse, need T5EncoderModel",
+        ),
         (lambda f: retell(f, "transformer", None), "does not name component 'transformer'"),
     ],
 )
@@ -314,7 +336,12 @@ def test_size_must_be_a_size() -> None:
 
 def test_a_vae_that_compresses_otherwise_is_not_served(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """LTX's released VAE makes one latent of eight frames; with four it would be served."""
-    for key, value in {"BACKBONE": "ltx_video", "BACKBONE_MODEL": str(models / "ltx_video"), "BACKBONE_SIZE": "32x64", "BACKBONE_FRAMES": "17"}.items():
+    for key, value in {
+        "BACKBONE": "ltx_video",
+        "BACKBONE_MODEL": str(models / "ltx_video"),
+        "BACKBONE_SIZE": "32x64",
+        "BACKBONE_FRAMES": "17",
+    }.items():
         monkeypatch.setenv(f"W2A_{key}", value)
     with pytest.raises(ValueError, match=r"ltx_video makes one latent of 8 frames, but an action chunk is M = 4 actions"):
         serving.load_worldmodel("cpu")
@@ -334,5 +361,7 @@ def test_out_of_memory_is_said_and_survived(models: Path) -> None:
         return serving.Call(frame, ["push"], [0], horizon, 2, 1.0, frozenset({"latents"}))
 
     huge, small = server.run([call(10**12), call(1)])
-    assert isinstance(huge, BackboneMemoryError) and "out of memory for a clip of 1000000000001 latents at 32x64 on cpu" in str(huge)
+    assert isinstance(huge, BackboneMemoryError) and "out of memory for a clip of 1000000000001 latents at 32x64 on cpu" in str(
+        huge
+    )
     assert isinstance(small, dict) and small["latents"].shape[1] == 2, "the next call works"

@@ -97,7 +97,12 @@ def test_fine_tuning_with_the_papers_ranks(root: Path, name: str, rank: int | No
     assert tuned.info.frame_shape == (32, 64, 3) and tuned.info.max_horizon == 16 // tuned.info.temporal_compression
     assert "corner camera" in tuned.layout
     plain = WorldModelSettings(
-        backbone=name, backbone_model=str(root / "models" / name), backbone_size="32x64", backbone_frames=17, guardrail=False, backbone_layout="metaworld"
+        backbone=name,
+        backbone_model=str(root / "models" / name),
+        backbone_size="32x64",
+        backbone_frames=17,
+        guardrail=False,
+        backbone_layout="metaworld",
     )
     before = load_backbone(plain, "cpu")
     assert tuned.info.hash != before.info.hash
@@ -131,7 +136,7 @@ def test_resume_to_the_bit(root: Path) -> None:
     for file in ("transformer/diffusion_pytorch_model.safetensors", "checkpoint/0.safetensors"):
         one, other = (load_file(root / out / file) for out in ("whole", "parts"))
         assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one), file
-    with pytest.raises(ValueError, match="resume: .*checkpoint is of a run with other settings"):
+    with pytest.raises(ValueError, match=r"resume: .*checkpoint is of a run with other settings"):
         Run(settings(root, "cosmos_predict2", "parts", steps=8, accumulate=2, resume=True, seed=1)).train()
 
 
@@ -141,7 +146,12 @@ def test_two_processes(root: Path) -> None:
     command += ["--data", str(root / "demos"), "--out", str(root / "two"), "--cache", str(root / "cache-two"), "--steps", "4"]
     command += ["--size", "32", "64", "--frames", "17", "--processes", "2", "--sample-steps", "2", "--sample-denoising", "2"]
     done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=400
+        command,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=400,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert '"loss"' in done.stdout and "W2A_BACKBONE_MODEL=" in done.stdout
@@ -169,12 +179,12 @@ def test_latents_are_encoded_once(root: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_base_wm_sees_whole_episodes(root: Path) -> None:
-    """One switch: segmented, skills and their prompts; not, the episode and its instruction. Long ones are cut, frames stay aligned."""
+    """One switch: segmented, skills and their prompts; not, the episode and its instruction. Long ones are cut."""
     (episode, _) = read_episodes(root / "demos", Split.WORLDMODEL)
     whole = list(cut_windows(episode, segmented=False, compression=4, horizon=4))
     assert [len(w.frames) for w in whole] == [17, 9] and {w.prompt for w in whole} == {"reach the green goal"}
     assert np.array_equal(whole[0].frames[-1], whole[1].frames[0])
-    assert list(cut_windows(episode, segmented=True, compression=4, horizon=4))[0].prompt
+    assert next(cut_windows(episode, segmented=True, compression=4, horizon=4)).prompt
     assert len(list(read_episodes(root / "demos", Split.WORLDMODEL, limit=1))) == 1
 
 

@@ -26,7 +26,6 @@ from services.runtime.messages import (
 from services.runtime.streams import backlog, publish, read_all
 from services.worldmodel import worker as worker_module
 from services.worldmodel.backbones import BackboneInfo, load_backbone
-from services.worldmodel.settings import WorldModelSettings
 from services.worldmodel.client import Served, TritonFailedError, TritonRefusedError, TritonUnavailableError
 from services.worldmodel.imagination import ServedChangedError, Task, imagine, read_task, row_seed
 from services.worldmodel.serving import WorldModelServer, read_call
@@ -401,5 +400,5 @@ def test_bad_inputs_name_the_field(change: dict[str, np.ndarray], message: str) 
 
 
 def test_unknown_backbone() -> None:
-    with pytest.raises(ValueError, match="backbone: 'huge' is unknown; choose one of cosmos_predict2, .*small"):
+    with pytest.raises(ValueError, match=r"backbone: 'huge' is unknown; choose one of cosmos_predict2, .*small"):
         load_backbone(WorldModelSettings(backbone="huge"), "cpu")

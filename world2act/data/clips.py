@@ -24,7 +24,6 @@ from world2act.segmentation import OnlineSkill, RuleBasedPlanner, Segmentation, 
 from world2act.splits import Split
 from world2act.types import BoolArray, Clip, Episode, FloatArray, ImageArray, M, Skill
 
-
 CELLS = ({"primary": 0, "wrist": 1}, {"left": 0, "right": 1, "wrist": 2}, {"primary": 0})
 """Camera -> place in the grid (paper supplement E): Meta-World and LIBERO, RoboCasa, one camera alone."""
 

@@ -31,8 +31,8 @@ def stitch(images: Mapping[str, ImageArray], cells: Mapping[str, int]) -> ImageA
 
 
 def letterbox(images: ImageArray, height: int, width: int) -> ImageArray:
-    """Images (..., h, w, 3) uint8 -> (..., height, width, 3): scaled to fit, centred on black, never cropped (METHOD: the authors'
-    code). Images of that size are returned as they are."""
+    """Images (..., h, w, 3) uint8 -> (..., height, width, 3): scaled to fit, centred on black, never cropped (the authors' code).
+    Images of that size are returned as they are."""
     h, w = images.shape[-3:-1]
     if (h, w) == (height, width):
         return images

@@ -23,7 +23,7 @@ BACKBONES = {
     "ltx_video": "services.worldmodel.backbones.ltx_video",
     "hunyuan_video15": "services.worldmodel.backbones.hunyuan_video15",
 }
-"""name -> module with `load(settings, device) -> Backbone` and `weights_hash(settings, device) -> str`, which loads no network."""
+"""name -> module with `load(settings, device) -> Backbone` and `weights_hash(settings, device) -> str`, which loads nothing."""
 
 
 class BackboneMemoryError(RuntimeError):

@@ -1,23 +1,23 @@
 """Cosmos-Predict2 Video2World (2B, 14B): CosmosTransformer3DModel, Wan's VAE, T5 (the parts of diffusers'
 Cosmos2VideoToWorldPipeline).
 
-NVIDIA's weights come under a licence that requires their guardrail (package cosmos_guardrail, with weights of its own), so it is on
-unless W2A_GUARDRAIL=false, which is for weights of one's own. Prompts are checked before anything is computed, frames as they are
-decoded; latents alone are shown to nobody and are not checked.
+NVIDIA's weights come under a licence that requires their guardrail (package cosmos_guardrail, with weights of its own), so it is
+on unless W2A_GUARDRAIL=false, which is for weights of one's own. Prompts are checked before anything is computed, frames as they
+are decoded; latents alone are shown to nobody and are not checked.
 
 Guidance: diffusers adds g times the difference to the conditional prediction, so its 7 is our 8 (1 = the conditional alone).
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Collection
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers.models.transformers import transformer_cosmos
 from diffusers.pipelines.cosmos.pipeline_cosmos2_video2world import DEFAULT_NEGATIVE_PROMPT
-from diffusers.utils import is_torchvision_available
 
 from services.worldmodel.backbones import Frames, diffusion
 from services.worldmodel.backbones.diffusion import Condition, DiffusionBackbone
@@ -32,7 +32,7 @@ class CosmosPredict2(DiffusionBackbone):
     """See the module."""
 
     name = "cosmos_predict2"
-    components = {
+    components: ClassVar[dict[str, tuple[str, ...]]] = {
         "transformer": ("CosmosTransformer3DModel",),
         "vae": ("AutoencoderKLWan",),
         "text_encoder": ("T5EncoderModel",),
@@ -51,9 +51,9 @@ class CosmosPredict2(DiffusionBackbone):
         if "scheduler" in self.parts:  # the same sigmas as the pipeline's constructor sets
             sigmas = {"sigma_max": 80.0, "sigma_min": 0.002, "sigma_data": 1.0, "final_sigmas_type": "sigma_min"}
             self.parts["scheduler"].register_to_config(**sigmas)
-        if not is_torchvision_available():
+        if importlib.util.find_spec("torchvision") is None:
             # The model resizes its (empty) padding mask by torchvision, which is not needed for anything else.
-            transformer_cosmos.transforms = SimpleNamespace(
+            transformer_cosmos.transforms = SimpleNamespace(  # type: ignore[attr-defined]
                 functional=SimpleNamespace(resize=_resize), InterpolationMode=SimpleNamespace(NEAREST="nearest")
             )
 
@@ -82,8 +82,7 @@ class CosmosPredict2(DiffusionBackbone):
             padding_mask=x.new_zeros(1, 1, self.height, self.width, dtype=self.dtype),
             return_dict=False,
         )[0]
-        velocity: torch.Tensor = v.float()
-        return velocity
+        return torch.as_tensor(v).float()
 
     def times(self, steps: int) -> torch.Tensor:
         """t = sigma / (1 + sigma). diffusers ends at the smallest sigma and repeats it: its last step moves nothing and is left
@@ -124,8 +123,8 @@ def make_guardrail() -> Any:
         from cosmos_guardrail import CosmosSafetyChecker
     except ImportError:
         raise ModelError(
-            "guardrail: package cosmos_guardrail is not installed (pip install cosmos_guardrail; it fetches weights). NVIDIA's licence "
-            "requires it for NVIDIA's weights; for weights of your own set W2A_GUARDRAIL=false"
+            "guardrail: package cosmos_guardrail is not installed (pip install cosmos_guardrail; it fetches weights). "
+            "NVIDIA's licence requires it for NVIDIA's weights; for weights of your own set W2A_GUARDRAIL=false"
         ) from None
     try:
         return CosmosSafetyChecker()
@@ -167,8 +166,10 @@ def t5_embed(backbone: DiffusionBackbone, prompt: str) -> torch.Tensor:
         [prompt], padding="max_length", max_length=backbone.tokens, truncation=True, return_tensors="pt"
     )
     mask = tokens.attention_mask.to(backbone.device)
-    hidden: torch.Tensor = backbone.parts["text_encoder"](tokens.input_ids.to(backbone.device), attention_mask=mask).last_hidden_state
-    return hidden * mask[..., None].to(hidden)
+    hidden: torch.Tensor = backbone.parts["text_encoder"](
+        tokens.input_ids.to(backbone.device), attention_mask=mask
+    ).last_hidden_state
+    return torch.as_tensor(hidden * mask[..., None].to(hidden))
 
 
 def load(settings: WorldModelSettings, device: str) -> DiffusionBackbone:

@@ -14,6 +14,7 @@ import resource
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -66,7 +67,8 @@ class DiffusionBackbone(ABC):
         self.dtype = precision(settings, device)
         self.height, self.width, self.clip_frames, self.layout = shape_of(type(self), folder, settings)
         self.parts: dict[str, Any] = {name: self._load(name) for name in self.components if only is None or name in only}
-        self.transformer, self.vae = self.parts.get("transformer"), self.parts["vae"]
+        self.transformer: Any = self.parts.get("transformer")
+        self.vae = self.parts["vae"]
         if self.transformer is not None and (lora := folder.lora()) is not None:
             self.transformer.load_lora_adapter(str(lora.parent), weight_name=lora.name, prefix=None)
         if settings.backbone_compile:
@@ -175,6 +177,7 @@ class DiffusionBackbone(ABC):
 
     def check_text(self, prompt: str) -> None:
         """Raise ValueError for a prompt that the model's licence forbids."""
+        return None
 
     def check_video(self, frames: Frames) -> Frames:
         """Frames (T, H, W, 3) as the model's licence lets them go out. Raises ValueError where it does not."""
@@ -218,7 +221,7 @@ class DiffusionBackbone(ABC):
         for prompt in prompts:
             self.check_text(prompt)
         rows = [
-            self._guarded(lambda f=f, p=p, s=s: self._row(f, p, s, horizon, steps, guidance), horizon)
+            self._guarded(partial(self._row, f, p, s, horizon, steps, guidance), horizon)
             for f, p, s in zip(start, prompts, seeds, strict=True)
         ]
         return np.stack(rows)
@@ -280,7 +283,7 @@ class DiffusionBackbone(ABC):
         clips = []
         for row in latents:
             x = self.denormalise(torch.tensor(row, device=self.device).transpose(0, 1)[None].float())
-            decoded = self._guarded(lambda x=x: self._decode(x), latents.shape[1] - 1)
+            decoded = self._guarded(partial(self._decode, x), latents.shape[1] - 1)
             pixels = ((decoded[0].float().clamp(-1, 1) + 1.0) * 127.5).round().to(torch.uint8)
             clips.append(self.check_video(pixels.permute(1, 2, 3, 0).cpu().numpy()))
         return np.stack(clips)
@@ -341,13 +344,13 @@ def random_time(rows: int, generator: torch.Generator, mean: float = 0.0, spread
 def precision(settings: WorldModelSettings, device: str) -> torch.dtype:
     """The setting, where "auto" is bfloat16 on a GPU and float32 on a CPU."""
     auto = "float32" if torch.device(device).type == "cpu" else "bfloat16"
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[auto if settings.backbone_dtype == "auto" else settings.backbone_dtype]
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[
+        auto if settings.backbone_dtype == "auto" else settings.backbone_dtype
+    ]
 
 
-def shape_of(
-    kind: type[DiffusionBackbone], folder: ModelFolder, settings: WorldModelSettings
-) -> tuple[int, int, int, str]:
-    """(height, width, frames of the longest clip, camera layout as text): the settings', else the folder's note, else the model's."""
+def shape_of(kind: type[DiffusionBackbone], folder: ModelFolder, settings: WorldModelSettings) -> tuple[int, int, int, str]:
+    """(height, width, frames of the longest clip, layout as text): the settings', else the folder note's, else the model's."""
     height, width = settings.size() or folder.note.get("size") or kind.size
     frames = settings.backbone_frames or folder.note.get("frames") or kind.frames
     layout = settings.backbone_layout if settings.backbone_layout != "auto" else folder.note.get("layout", "none")

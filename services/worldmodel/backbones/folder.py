@@ -46,7 +46,7 @@ class ModelFolder:
         return file if file.is_file() else None
 
     def check(self, components: Mapping[str, tuple[str, ...]]) -> None:
-        """components: name -> classes that will do. Raises ModelError naming the component that is missing or of another class."""
+        """components: name -> classes that will do. Raises ModelError naming one that is missing or of another class."""
         for name, classes in components.items():
             folder = self.place(name)
             if name not in NOT_WEIGHTS and not list(folder.glob("*.safetensors")):
@@ -97,7 +97,9 @@ def open_folder(model: str) -> ModelFolder:
         path = _download(model)
     if not (path / NOTE).is_file():
         if not (path / "model_index.json").is_file():
-            raise ModelError(f"model folder {path}: has neither model_index.json (a diffusers model) nor {NOTE} (a fine-tuned one)")
+            raise ModelError(
+                f"model folder {path}: has neither model_index.json (a diffusers model) nor {NOTE} (a fine-tuned one)"
+            )
         return ModelFolder(path)
     note = _json(path / NOTE)
     if (base := note.get("base")) is None:

@@ -1,5 +1,5 @@
-"""HunyuanVideo-1.5 480p I2V: HunyuanVideo15Transformer3DModel, its own VAE (4x time, 16x space), Qwen2.5-VL's text model, ByT5 for
-quoted words, SigLIP for the start frame (the parts of diffusers' HunyuanVideo15ImageToVideoPipeline).
+"""HunyuanVideo-1.5 480p I2V: HunyuanVideo15Transformer3DModel, its own VAE (4x time, 16x space), Qwen2.5-VL's text model, ByT5
+for quoted words, SigLIP for the start frame (the parts of diffusers' HunyuanVideo15ImageToVideoPipeline).
 
 All latents are denoised, the start frame's too: it is given beside the noise and not in its place.
 """
@@ -7,6 +7,7 @@ All latents are denoised, the start frame's too: it is given beside the noise an
 from __future__ import annotations
 
 import inspect
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ class HunyuanVideo15(DiffusionBackbone):
     """See the module."""
 
     name = "hunyuan_video15"
-    components = {
+    components: ClassVar[dict[str, tuple[str, ...]]] = {
         "transformer": ("HunyuanVideo15Transformer3DModel",),
         "vae": ("AutoencoderKLHunyuanVideo15",),
         "text_encoder": ("Qwen2_5_VLTextModel",),

@@ -3,8 +3,8 @@
 LAYOUTS = {
     "none": "",
     "robocasa": (
-        "Four panels, two above two, show one robot arm in a kitchen at the same time: the left camera at the top left, the right "
-        "camera at the top right, the wrist camera at the bottom left; the bottom right stays black."
+        "Four panels, two above two, show one robot arm in a kitchen at the same time: the left camera at the top left, the "
+        "right camera at the top right, the wrist camera at the bottom left; the bottom right stays black."
     ),
     "libero": (
         "Four panels, two above two, show one robot arm at a table at the same time: the front camera at the top left, the wrist "

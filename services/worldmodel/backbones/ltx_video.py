@@ -1,11 +1,13 @@
-"""LTX-Video 0.9.5 and later (13B): LTXVideoTransformer3DModel on packed tokens, its own VAE (8x time, 32x space), T5 (the parts of
-diffusers' LTXConditionPipeline, the start frame at index 0).
+"""LTX-Video 0.9.5 and later (13B): LTXVideoTransformer3DModel on packed tokens, its own VAE (8x time, 32x space), T5 (the parts
+of diffusers' LTXConditionPipeline, the start frame at index 0).
 
 The released VAE makes one latent of eight frames, two action chunks: such a model can be trained and measured, but not served for
 post-training, which needs one chunk a latent (services/worldmodel/serving.py says so).
 """
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 import torch
 from diffusers import LTXConditionPipeline
@@ -21,7 +23,7 @@ class LTXVideo(DiffusionBackbone):
     """See the module."""
 
     name = "ltx_video"
-    components = {
+    components: ClassVar[dict[str, tuple[str, ...]]] = {
         "transformer": ("LTXVideoTransformer3DModel",),
         "vae": ("AutoencoderKLLTXVideo",),
         "text_encoder": ("T5EncoderModel",),
@@ -78,7 +80,7 @@ class LTXVideo(DiffusionBackbone):
 
     def times(self, steps: int) -> torch.Tensor:
         scheduler = self.parts["scheduler"]
-        scheduler.set_timesteps(sigmas=linear_quadratic_schedule(steps).numpy())
+        scheduler.set_timesteps(sigmas=linear_quadratic_schedule(steps).numpy())  # type: ignore[no-untyped-call]
         return torch.as_tensor(scheduler.sigmas)
 
     def normalise(self, moments: torch.Tensor) -> torch.Tensor:

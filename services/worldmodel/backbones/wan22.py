@@ -3,6 +3,8 @@ WanImageToVideoPipeline with expand_timesteps). The start frame's latent is give
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 
 from services.worldmodel.backbones import diffusion
@@ -16,7 +18,7 @@ class Wan22(DiffusionBackbone):
     """See the module."""
 
     name = "wan22"
-    components = {
+    components: ClassVar[dict[str, tuple[str, ...]]] = {
         "transformer": ("WanTransformer3DModel",),
         "vae": ("AutoencoderKLWan",),
         "text_encoder": ("UMT5EncoderModel",),
