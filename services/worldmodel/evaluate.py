@@ -139,9 +139,10 @@ def notes(rows: list[Row]) -> list[str]:
             out.append(f"{row.name}: judged {judged}, without an answer {lost}. {row.verdict.stopped}".rstrip())
     return [
         *out,
-        "latent_at_k, pixel_at_k: squared error k latents ahead against copying the start frame. frechet: 1 is as far from true clips",
-        "as still images; random-weight encoder, not comparable with published FVD; frechet_floor: two halves of the true clips.",
-        "second_skill_*: latent error over the second skill against copying its true first frame; chained: from the first skill's end.",
+        "latent_at_k, pixel_at_k: squared error k latents ahead against copying the start frame, until a disturbance.",
+        "frechet: 1 is as far from true clips as still images; random-weight encoder, not comparable with published FVD;",
+        "frechet_floor: two halves of the true clips. second_skill_*: latent error over the second skill against copying its true",
+        "first frame; chained: from the last frame imagined for the first skill.",
     ]
 
 

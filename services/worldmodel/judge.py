@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any, Literal
 
 import av
@@ -78,7 +79,7 @@ def jpeg(frame: Frames) -> bytes:
     """A frame (H, W, 3) as JPEG."""
     height, width = frame.shape[0] // 2 * 2, frame.shape[1] // 2 * 2
     codec: Any = av.CodecContext.create("mjpeg", "w")
-    codec.width, codec.height, codec.pix_fmt, codec.time_base = width, height, "yuvj420p", "1/1"
+    codec.width, codec.height, codec.pix_fmt, codec.time_base = width, height, "yuvj420p", Fraction(1)
     packets = codec.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame[:height, :width]), format="rgb24"))
     return b"".join(bytes(packet) for packet in [*packets, *codec.encode(None)])
 

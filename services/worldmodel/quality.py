@@ -111,8 +111,8 @@ class ClipEncoder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        widths = ((3, 16), (16, 32), (32, FEATURES))
-        self.layers = nn.ModuleList(nn.Conv3d(a, b, 3, (1, 2, 2), 1, bias=False) for a, b in widths)
+        widths = ((3, 16, 4), (16, 32, 2), (32, FEATURES, 2))
+        self.layers = nn.ModuleList(nn.Conv3d(a, b, 3, (1, s, s), 1, bias=False) for a, b, s in widths)
         generator = torch.Generator().manual_seed(0)
         for layer in self.layers:
             nn.init.kaiming_normal_(layer.get_parameter("weight"), generator=generator)
