@@ -1,8 +1,8 @@
 """A world model of Cosmos-Predict2's architecture at 2B (random weights): time, memory and tokens of a clip; and the
 residual policy's time per chunk with CUDA graphs (goal < 0.3 ms).
 
-On a GPU: 480 x 832, 93 frames, 35 steps with guidance, bfloat16, through the same backbone code that Triton serves. Without one the same
-bench runs at small size and says so. Random weights take the time and the memory of trained ones.
+On a GPU: 480 x 832, 93 frames, 35 steps with guidance, bfloat16, through the same backbone code that Triton serves. Without
+one the same bench runs at small size and says so. Random weights take the time and the memory of trained ones.
 """
 
 from __future__ import annotations

@@ -141,8 +141,8 @@ def notes(rows: list[Row]) -> list[str]:
         *out,
         "latent_at_k, pixel_at_k: squared error k latents ahead against copying the start frame, until a disturbance.",
         "frechet: 1 is as far from true clips as still images; random-weight encoder, not comparable with published FVD;",
-        "frechet_floor: two halves of the true clips. second_skill_*: latent error over the second skill against copying its true",
-        "first frame; chained: from the last frame imagined for the first skill.",
+        "frechet_floor: two halves of the true clips. second_skill_*: latent error over the second skill against copying its",
+        "true first frame; chained: from the last frame imagined for the first skill.",
     ]
 
 

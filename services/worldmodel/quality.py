@@ -169,10 +169,7 @@ def drift(backbone: Backbone, episodes: Sequence[Episode], by_instruction: bool)
 
 
 class TorchModel:
-    """A backbone as the method sees a world model (`world2act.stage1.VideoModel`): tensors in and out.
-
-    one_step: latents are the one-step ones of METHOD section 3 where the method asks for a whole clip's.
-    """
+    """A backbone as the method sees a world model (`world2act.stage1.VideoModel`): tensors in and out."""
 
     def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone

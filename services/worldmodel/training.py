@@ -8,24 +8,32 @@ from __future__ import annotations
 import sys
 
 
-def main() -> None:
-    """`--backbone small`, or none, is the embedded model's own training."""
+def without_backbone() -> list[str] | None:
+    """None where the command line asks for the embedded model (no --backbone, or `small`, which is then taken out of sys.argv);
+    else the arguments."""
     arguments = sys.argv[1:]
-    named = [a.partition("=") for a in arguments if a.startswith("--backbone=")]
-    name = named[0][2] if named else None
-    if name is None and "--backbone" in arguments[:-1]:
-        name = arguments[arguments.index("--backbone") + 1]
-    if name not in (None, "small"):
+    at = next((i for i, a in enumerate(arguments) if a == "--backbone" or a.startswith("--backbone=")), None)
+    if at is None:
+        return None
+    joined = "=" in arguments[at]
+    name = arguments[at].partition("=")[2] if joined else "".join(arguments[at + 1 : at + 2])
+    if name != "small":
+        return arguments
+    sys.argv[1:] = arguments[:at] + arguments[at + (1 if joined else 2) :]
+    return None
+
+
+def main() -> None:
+    """Whichever is asked for."""
+    arguments = without_backbone()
+    if arguments is None:
+        from world2act import worldmodel_training
+
+        worldmodel_training.main()
+    else:
         from services.worldmodel import finetune
 
         finetune.main(arguments)
-        return
-    if name == "small":
-        at = next(i for i, a in enumerate(arguments) if a.startswith("--backbone"))
-        sys.argv[1:] = arguments[:at] + arguments[at + (1 if "=" in arguments[at] else 2) :]
-    from world2act import worldmodel_training
-
-    worldmodel_training.main()
 
 
 if __name__ == "__main__":

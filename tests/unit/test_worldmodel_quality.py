@@ -75,7 +75,7 @@ def test_frechet_distance_of_known_normals() -> None:
     rng = np.random.default_rng(0)
     a = rng.standard_normal((4000, 3))
     assert frechet(a, a) == pytest.approx(0.0, abs=1e-9)
-    assert frechet(a, a + [3.0, 0.0, 4.0]) == pytest.approx(25.0, abs=1e-6)
+    assert frechet(a, a + np.array([3.0, 0.0, 4.0])) == pytest.approx(25.0, abs=1e-6)
     assert frechet(a, 2 * a) == pytest.approx(np.trace(np.cov(a, rowvar=False)) + (a.mean(0) ** 2).sum(), rel=1e-6)
 
 
