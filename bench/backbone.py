@@ -105,7 +105,8 @@ def clip() -> list[dict[str, object]]:
     denoising, decoding = run()
     tokens = (1 + horizon) * (backbone.height // 16) * (backbone.width // 16)
     parameters = sum(p.numel() for p in backbone.transformer.parameters())
-    what = f"Cosmos architecture, {parameters / 1e9:.2g}B random, {size}x{frames}, {steps} steps, guidance, {device_name()}"
+    count = f"{parameters / 1e9:.2f}B" if parameters > 1e9 else f"{parameters / 1e6:.2f}M"
+    what = f"Cosmos architecture, {count} random, {size}x{frames}, {steps} steps, guidance, {device_name()}"
     evaluations = 2 * (steps - 1)
     return [
         {

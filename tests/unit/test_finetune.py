@@ -23,7 +23,7 @@ from services.worldmodel.backbones import load_backbone
 from services.worldmodel.backbones.folder import LORA, NOTE, ModelError
 from services.worldmodel.finetune import Run, Settings
 from services.worldmodel.settings import WorldModelSettings
-from services.worldmodel.windows import Cache, cut_windows, read_episodes
+from services.worldmodel.windows import cut_windows, read_episodes
 from tests import tiny_models
 from tests.unit.test_worldmodel_training import ENV_ARGS
 from world2act.data.robomimic import EpisodeWriter
@@ -140,33 +140,33 @@ def test_resume_to_the_bit(root: Path) -> None:
         Run(settings(root, "cosmos_predict2", "parts", steps=8, accumulate=2, resume=True, seed=1)).train()
 
 
-def test_two_processes(root: Path) -> None:
-    """Plain data parallelism over gloo, from the command line; then one process cannot continue it."""
-    command = [sys.executable, "-m", "services.worldmodel.training", "--backbone", "wan22", "--model", str(root / "models/wan22")]
-    command += ["--data", str(root / "demos"), "--out", str(root / "two"), "--cache", str(root / "cache-two"), "--steps", "4"]
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_processes(root: Path, sharded: bool) -> None:
+    """Over gloo, from the command line: plain data parallelism, or weights sharded. One process cannot continue it."""
+    name, folder = ("cosmos_predict2", root / "sharded") if sharded else ("wan22", root / "plain")
+    command = [sys.executable, "-m", "services.worldmodel.training", "--backbone", name, "--model", str(root / "models" / name)]
+    command += ["--data", str(root / "demos"), "--out", str(folder), "--cache", str(root / "cache" / "two"), "--steps", "2"]
     command += ["--size", "32", "64", "--frames", "17", "--processes", "2", "--sample-steps", "2", "--sample-denoising", "2"]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command += ["--fsdp"] if sharded else []
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     assert '"loss"' in done.stdout and "W2A_BACKBONE_MODEL=" in done.stdout
-    note = json.loads((root / "two" / NOTE).read_text())
-    assert note["card"]["processes"] == 2 and note["lora"] == {"rank": 32}
-    parts = [load_file(root / "two" / "checkpoint" / f"{rank}.safetensors") for rank in (0, 1)]
-    assert all(torch.equal(parts[0][k], parts[1][k]) for k in parts[0]), "both hold the same weights"
-    with safe_open(root / "two" / "checkpoint" / "1.safetensors", "pt") as kept:
-        assert json.loads(kept.metadata()["state"])["step"] == 4
-    assert len(list((root / "two" / "samples").glob("step-000002-clip-*.mp4"))) == 2
-    assert list((root / "two").rglob("events.out.tfevents.*")), "TensorBoard"
-    assert Cache(next((root / "cache-two").glob("worldmodel-*"))).clips[0].latents == 5
-    served("wan22", root / "two")
+    note = json.loads((folder / NOTE).read_text())
+    assert note["card"]["processes"] == 2 and ("lora" in note) != sharded
+    parts = [load_file(folder / "checkpoint" / f"{rank}.safetensors") for rank in (0, 1)]
+    sizes = [sum(t.numel() for k, t in part.items() if k.startswith("weight.")) for part in parts]
+    if sharded:
+        assert sum(sizes) == note["card"]["trained_parameters"] and min(sizes) > 0.4 * sum(sizes), "each holds its half"
+    else:
+        assert all(torch.equal(parts[0][k], parts[1][k]) for k in parts[0]), "both hold the same"
+    with safe_open(folder / "checkpoint" / "1.safetensors", "pt") as kept:
+        assert json.loads(kept.metadata()["state"])["step"] == 2
+    assert len(list((folder / "samples").glob("step-000002-clip-*.mp4"))) == 2
+    assert list(folder.rglob("events.out.tfevents.*")), "TensorBoard"
+    served(name, folder)
     with pytest.raises(ValueError, match="is of 2 processes, these are 1"):
-        Run(settings(root, "wan22", "two", resume=True)).train()
+        Run(settings(root, name, folder.name, resume=True)).train()
 
 
 def test_latents_are_encoded_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
