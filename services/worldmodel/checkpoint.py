@@ -35,7 +35,9 @@ def shard(transformer: Any, device: str) -> Any:
     mesh = init_device_mesh(torch.device(device).type, (torch.distributed.get_world_size(),))
     for block in getattr(transformer, "transformer_blocks", None) or transformer.blocks:
         fully_shard(block, mesh=mesh)
-    return fully_shard(transformer, mesh=mesh)
+    # By default the root keeps its weights gathered until a backward pass: after samples, which have none, training would go on
+    # with the running average's.
+    return fully_shard(transformer, mesh=mesh, reshard_after_forward=True)
 
 
 def whole_state(transformer: Any) -> dict[str, torch.Tensor]:
@@ -66,7 +68,9 @@ def save(
     tensors: dict[str, torch.Tensor] = {}
     for i, (parameter, mean) in enumerate(zip(trained, average, strict=True)):
         tensors |= {f"weight.{i}": _local(parameter), f"average.{i}": _local(mean)}
-        tensors |= {f"{name}.{i}": _local(optimiser.state[parameter][name]) for name in MOMENTS}
+        # A parameter that no loss reaches (the last block's text stream, in some) has no moments.
+        moments = optimiser.state.get(parameter) or dict.fromkeys(MOMENTS, torch.zeros_like(parameter))
+        tensors |= {f"{name}.{i}": _local(moments[name]) for name in MOMENTS}
     state = {"step": step, "identity": identity, "processes": accelerator.num_processes}
     kept = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
     save_file(kept, partial / f"{accelerator.process_index}.safetensors", {"state": json.dumps(state)})
@@ -93,7 +97,7 @@ def load(
                 f"resume: {out / FOLDER} is of {state['processes']} processes, these are {accelerator.num_processes}"
             )
         if state["identity"] != identity:
-            raise ValueError(f"resume: {out / FOLDER} is of a run with other settings or data")
+            raise ValueError(f"resume: {out / FOLDER} is of a run with other settings")
         with torch.no_grad():
             for i, (parameter, mean) in enumerate(zip(trained, average, strict=True)):
                 _local(parameter).copy_(kept.get_tensor(f"weight.{i}"))

@@ -140,7 +140,7 @@ class Run:
     """One process of a fine-tuning."""
 
     def __init__(self, settings: Settings, progress: Progress = no_progress) -> None:
-        from accelerate import Accelerator
+        from accelerate import Accelerator, DistributedDataParallelKwargs
 
         self.settings, self.progress = settings, progress
         self.kind: type[DiffusionBackbone] = _kind(settings.backbone)
@@ -155,6 +155,7 @@ class Run:
             cpu=cpu,
             mixed_precision="bf16" if half else "no",
             gradient_accumulation_steps=settings.accumulate,
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
             log_with=list(settings.trackers),
             project_dir=str(settings.out),
         )

@@ -3,7 +3,7 @@
 All of them are flow-matching models: x_t = (1 - t) x0 + t noise, and the transformer predicts v = noise - x0. So one function,
 `velocity`, serves sampling (full denoising), the one-step latent, and fine-tuning. Latents inside are (B, C, K, h, w), normalised
 as the transformer expects; latent 0 is the start frame's. Sampling takes the same steps as diffusers' own pipelines
-(tests/unit/test_backbones.py compares them).
+(tests/conformance/test_backbones.py compares them).
 """
 
 from __future__ import annotations
@@ -52,6 +52,8 @@ class DiffusionBackbone(ABC):
     negative: ClassVar[str] = ""
     tokens: ClassVar[int] = 512
     """Tokens that the text encoder reads."""
+    exact: ClassVar[tuple[str, ...]] = ()
+    """Components that stay in float32 whatever the precision."""
     given_first: ClassVar[bool] = True
     """Whether latent 0 is given in its place, and not denoised."""
     lora_rank: ClassVar[int | None] = None
@@ -150,8 +152,9 @@ class DiffusionBackbone(ABC):
                 return transformers.AutoTokenizer.from_pretrained(place)
             if component in NOT_WEIGHTS:
                 return getattr(library, kind).from_pretrained(place)
+            dtype = torch.float32 if component in self.exact else self.dtype
             named = "torch_dtype" if library is diffusers else "dtype"
-            network = getattr(library, kind).from_pretrained(place, use_safetensors=True, **{named: self.dtype})
+            network = getattr(library, kind).from_pretrained(place, use_safetensors=True, **{named: dtype})
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             raise ModelError(f"model folder {place.parent}: {component} cannot be loaded: {str(error)[:300]}") from None
         return network.to(self.device).eval().requires_grad_(False)

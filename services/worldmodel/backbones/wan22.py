@@ -27,6 +27,7 @@ class Wan22(DiffusionBackbone):
     }
     steps = 50
     lora_rank = 32
+    exact = ("vae",)
 
     @classmethod
     def compression(cls, folder: ModelFolder) -> tuple[tuple[int, int], int]:
