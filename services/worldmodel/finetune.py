@@ -275,8 +275,7 @@ class Run:
         keep = min(s.averaging, (1 + self.step) / (10 + self.step)) if s.averaging else 0.0
         with torch.no_grad():
             for average, parameter in zip(self.average, self.trained, strict=True):
-                # Three roundings, not lerp: a fused one depends on how memory happens to be laid out.
-                average.copy_(average * keep + parameter.detach() * (1 - keep))
+                average.lerp_(parameter.detach(), 1 - keep)
         self.step += 1
         mean = self.accelerator.reduce(total, "mean")
         return {"loss": float(mean), "gradient": float(getattr(norm, "full_tensor", lambda: norm)()), "rate": group["lr"]}

@@ -308,6 +308,17 @@ def retell(folder: Path, component: str, kind: str | None) -> None:
     (folder / "model_index.json").write_text(json.dumps(index))
 
 
+def test_another_wan_is_not_taken_for_this_one(models: Path, tmp_path: Path) -> None:
+    """Wan's other image-to-video models get the start frame as more channels."""
+    folder = shutil.copytree(models / "wan22", tmp_path / "model")
+    from diffusers import WanTransformer3DModel
+
+    config = WanTransformer3DModel.load_config(folder / "transformer")
+    WanTransformer3DModel.from_config({**config, "in_channels": 12}).save_pretrained(folder / "transformer")
+    with pytest.raises(ModelError, match=r"takes 12 channels and latents have 4; wan22 is Wan 2\.2 TI2V"):
+        load_backbone(settings(models, "wan22", backbone_model=str(folder)), "cpu")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

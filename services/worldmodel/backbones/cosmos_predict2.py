@@ -89,7 +89,7 @@ class CosmosPredict2(DiffusionBackbone):
         out here."""
         scheduler = self.parts["scheduler"]
         scheduler.set_timesteps(sigmas=torch.linspace(0, 1, steps, dtype=torch.float64))
-        sigmas = scheduler.sigmas[:-1].double()
+        sigmas: torch.Tensor = scheduler.sigmas[:-1].double()
         return sigmas / (1 + sigmas)
 
     def first(self, noise: torch.Tensor, times: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 from services.worldmodel.backbones import diffusion
 from services.worldmodel.backbones.cosmos_predict2 import t5_embed, wan_compression, wan_denormalise, wan_normalise
 from services.worldmodel.backbones.diffusion import Condition, DiffusionBackbone
-from services.worldmodel.backbones.folder import ModelFolder
+from services.worldmodel.backbones.folder import ModelError, ModelFolder
 from services.worldmodel.settings import WorldModelSettings
 
 
@@ -34,7 +34,13 @@ class Wan22(DiffusionBackbone):
         return wan_compression(folder), int(folder.config("transformer")["patch_size"][1])
 
     def channels(self) -> int:
-        return int(self.vae.config.z_dim)
+        taken, own = self.folder.config("transformer")["in_channels"], int(self.vae.config.z_dim)
+        if taken != own:
+            raise ModelError(
+                f"model folder {self.folder.path}: its transformer takes {taken} channels and latents have {own}; wan22 is "
+                "Wan 2.2 TI2V (5B), whose start frame stands in its own place"
+            )
+        return own
 
     def embed(self, prompt: str) -> Condition:
         return {"text": t5_embed(self, prompt)}
