@@ -35,7 +35,7 @@ class WorldModelConfig:
     mlp_ratio: float = 3.0
     text_width: int = 64
     adaln_width: int = 32
-    max_horizon: int = 16
+    max_horizon: int = 20
     noise_scale: float = 0.0
 
 
