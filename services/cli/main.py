@@ -171,11 +171,23 @@ def cancel(job: Positional[str]) -> None:
 
 
 def export(namespace: Positional[str | None] = None, version: int = -1, out: Path = Path("residual.safetensors")) -> None:
-    """Write a residual bundle to a file. The namespace is a post-training job's id (else the newest's), -1 its newest version."""
+    """Write a residual bundle to a file. The namespace is a post-training job's id (else the newest's), -1 its newest version.
+
+    Signed where W2A_SIGNING_KEY or W2A_SIGNING_KEY_FILE gives an Ed25519 key (openssl genpkey -algorithm ed25519).
+    """
+    from services.cli import work
+
+    settings = CliSettings.load()
+    with Gateway(settings) as gateway:
+        work.export(gateway, console, namespace, version, out, settings.signing())
+
+
+def import_bundle(file: Positional[Path], namespace: str = "default") -> None:
+    """Register a residual bundle as the next version of a namespace. The policy server checks it and says what does not fit."""
     from services.cli import work
 
     with Gateway(CliSettings.load()) as gateway:
-        work.export(gateway, console, namespace, version, out)
+        work.import_bundle(gateway, console, file, namespace)
 
 
 def report(record: Path | None = None, out: Path = Path("report.html")) -> None:
@@ -236,6 +248,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "cancel": cancel,
     "report": report,
     "export": export,
+    "import": import_bundle,
     "demo": demo,
 }
 

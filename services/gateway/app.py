@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import anyio
 import structlog
 from fastapi import Body, FastAPI, Header, Query, Request, Response
+from fastapi import Path as InPath
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse
 from pydantic import ValidationError
 from sse_starlette import EventSourceResponse
@@ -21,6 +22,7 @@ from services.gateway.guard import Guard
 from services.gateway.problems import ProblemDetails, ProblemError, from_validation, invalid
 from services.gateway.requests import (
     EXAMPLES,
+    NAMESPACE,
     EvaluateRequest,
     ImagineRequest,
     JobAccepted,
@@ -47,6 +49,7 @@ TYPES = {
     "hdf5": "application/x-hdf5",
     "txt": "text/plain; charset=utf-8",
 }
+BUNDLE_FORM = {"type": "object", "required": ["file"], "properties": {"file": {"type": "string", "format": "binary"}}}
 RolloutBody = Annotated[RolloutRequest, Body(openapi_examples=EXAMPLES["rollout"])]
 ImagineBody = Annotated[ImagineRequest, Body(openapi_examples=EXAMPLES["imagine"])]
 PosttrainBody = Annotated[PosttrainRequest, Body(openapi_examples=EXAMPLES["posttrain"])]
@@ -301,6 +304,32 @@ def add_reading(app: FastAPI, doors: Doors) -> None:
             found |= {version.version: version for _, version in batch if version.namespace == namespace}
             after = batch[-1][0]
         return [found[v] for v in sorted(found)]
+
+    @app.post(
+        "/policies/{namespace}",
+        status_code=201,
+        tags=["work"],
+        openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": BUNDLE_FORM}}}},
+        responses={409: {"model": ProblemDetails, "description": problems.TITLES[409], "content": {problems.MEDIA_TYPE: {}}}},
+    )
+    async def import_policy(namespace: Annotated[str, InPath(pattern=NAMESPACE)], request: Request) -> PolicyVersion:
+        """Import a residual bundle (multipart field `file`) as the namespace's next version; the same bundle is the same version.
+
+        The policy server checks it: damage, base policy, world model, adapters, statistics, limits, bound, signature."""
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "multipart/form-data":
+            raise ProblemError(415, "Content-Type: must be multipart/form-data with the bundle as field file")
+        await run_in_threadpool(doors.redis.ping)
+        await run_in_threadpool(doors.need, "vla")
+        async with request.form(max_files=1, max_fields=1) as form:
+            file = form.get("file")
+            if not isinstance(file, UploadFile) or len(form) != 1:
+                raise invalid("file", "must be the form's one field: the bundle, a safetensors file")
+            content = await file.read()
+        if len(content) > doors.settings.upload_limit_bytes:
+            raise uploads.too_large("file", doors.settings)
+        uploads.check_bundle(content)
+        name = await run_in_threadpool(doors.artifacts.put, content, "safetensors")
+        return await run_in_threadpool(doors.import_policy, namespace, name)
 
     @app.get("/artifacts/{name}", tags=["jobs"], responses={200: {"content": {"application/octet-stream": {}}}})
     def artifact(name: str) -> Response:
