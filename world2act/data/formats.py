@@ -83,6 +83,11 @@ class Source(ABC):
     def _read(self, key: str, images: bool) -> Episode:
         """The episode at `key`, which is one of `keys()`."""
 
+    @property
+    def robot(self) -> str:
+        """The robot, or the simulator where that says it, in the data's words; the format's name where the data says nothing."""
+        return self.name
+
     @cached_property
     def fps(self) -> float:
         """Frames a second: that of the first episode that can be read. A world model's frames have one distance in time."""

@@ -63,6 +63,11 @@ class LeRobotSource(Source):
         self.features: dict[str, dict[str, Any]] = self.info["features"]
         self.modality = self._modality()
 
+    @property
+    def robot(self) -> str:
+        """robot_type of meta/info.json."""
+        return str(self.info.get("robot_type") or self.name)
+
     @classmethod
     def detect(cls, path: Path) -> bool:
         return (path / "meta" / "info.json").is_file()
