@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
+from PIL import Image
 
 from services.cli.figures import BASE, POST
 from world2act.segmentation.statistics import density, density_at_median
@@ -34,11 +35,12 @@ class Strip:
     clips: Sequence[ImageArray]
 
 
-def png(figure: Figure, dpi: int = 100) -> bytes:
-    """The figure as a PNG file."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight", metadata={"Software": None}, pil_kwargs={"optimize": True})
+def png(figure: Figure, dpi: int = 80) -> bytes:
+    """The figure as a small PNG file, of 256 colours."""
+    drawn, buffer = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=dpi, bbox_inches="tight")
     plt.close(figure)
+    Image.open(drawn).convert("RGB").quantize(256).save(buffer, format="png", optimize=True)
     return buffer.getvalue()
 
 

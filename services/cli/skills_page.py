@@ -67,8 +67,8 @@ def score_note(summary: Summary) -> str:
     """What the columns of scores mean."""
     at = " / ".join(map(str, summary["tolerances"]))
     return (
-        f"Boundaries within {at} frames of the simulator's truth; mean error of those within the widest, in frames; labels: share "
-        f"of actions with the true prompt. {summary['unscored']} episodes have no truth to score against."
+        f"Boundaries within {at} frames of the simulator's truth; mean error of those within the widest, in frames; labels: "
+        f"share of actions with the true prompt. {summary['unscored']} episodes have no truth to score against."
     )
 
 
@@ -205,7 +205,7 @@ def report(settings: ReportSettings) -> None:
         raise ValueError("runs: at least one folder that build-skills made is needed")
     stem = settings.out.with_suffix("").name
     pictures = {
-        f"{stem}-lengths.png": figures.png(figures.lengths([lengths_of(f.name, f) for f in settings.runs]), dpi=80),
+        f"{stem}-lengths.png": figures.png(figures.lengths([lengths_of(f.name, f) for f in settings.runs])),
         **{f"{stem}-{f.name}.png": (f / SHEET).read_bytes() for f in settings.runs if (f / SHEET).exists()},
     }
     settings.out.parent.mkdir(parents=True, exist_ok=True)
