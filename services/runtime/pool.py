@@ -32,23 +32,21 @@ class _Worker:
 
 
 def serve(connection: Connection, start: Callable[..., Work], arguments: tuple[Any, ...]) -> None:
-    """A worker process: receives items, sends results, until an empty item or until the parent is gone."""
+    """A worker process: receives items, sends results, until an empty item, an error, or until the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
 
-    def answer(do: Callable[[], Result]) -> None:
-        try:
-            content = {"result": do()}
-        except Exception as error:
-            content = {"error": str(error) or type(error).__name__}
-        connection.send_bytes(json.dumps(content).encode())
-
+    answer: dict[str, Any] = {"result": {}}  # the first one says that the work has started
     try:
-        works: list[Work] = []
-        answer(lambda: works.append(start(*arguments)) or {})
-        while works and (item := connection.recv_bytes().decode()):
-            answer(lambda item=item: works[0](item))  # type: ignore[misc]
+        work = start(*arguments)
+        while True:
+            connection.send_bytes(json.dumps(answer).encode())
+            if not (item := connection.recv_bytes().decode()):
+                return
+            answer = {"result": work(item)}
     except (EOFError, BrokenPipeError):
         pass
+    except Exception as error:
+        connection.send_bytes(json.dumps({"error": str(error) or type(error).__name__}).encode())
 
 
 def in_order(
@@ -98,7 +96,7 @@ def _launch(start: Callable[..., Work], arguments: tuple[Any, ...]) -> _Worker:
     process = context.Process(target=serve, args=(theirs, start, arguments), daemon=True)
     process.start()
     theirs.close()
-    return _Worker(process, cast(Connection, ours))
+    return _Worker(process, ours)
 
 
 def _received(worker: _Worker) -> Result | None:
