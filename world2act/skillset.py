@@ -63,9 +63,11 @@ def survey(source: Source, embodiment: str | None = None) -> Recipe:
     seen = list(islice((e for e in source.episodes(images=False) if isinstance(e, Episode)), CALIBRATION_EPISODES))
     if not seen:
         raise FormatError(f"{source.path.name}: holds no readable episode")
-    cameras = list(next(e for e in source.episodes() if isinstance(e, Episode)).images)
+    shown = next((e for e in source.episodes() if isinstance(e, Episode)), None)
+    if shown is None:
+        raise FormatError(f"{source.path.name}: holds no episode whose images can be read")
     names: Names = "robocasa" if source.robot in ("robocasa", "PandaOmron") else "libero"
-    recipe = Recipe(None, None, grid_cells(cameras), max(1, round(source.fps)), names)
+    recipe = Recipe(None, None, grid_cells(list(shown.images)), max(1, round(source.fps)), names)
     series = [e.widths for e in seen if not no_widths(e)]
     if not series:
         return recipe

@@ -168,6 +168,10 @@ def cut_all(settings: BuildSettings, source: Source, recipe: Recipe, folder: Pat
     }
     asked = settings.planner == "llm" or (settings.score and LLMSettings().llm_configured)
     arguments = (source, recipe, options, make_model if asked else None)
+    if asked:
+        progress.console.print(
+            f"asking {LLMSettings().llm_model} at {LLMSettings().llm_base_url}, in one process", highlight=False
+        )
     with journal.open("a", encoding="utf-8") as lines:
         for key, result in in_order(left, start_cutting, arguments, 1 if asked else settings.workers):
             record = result or {"key": key, "skipped": f"{key}: the process that read it died of it"}
@@ -200,6 +204,7 @@ def write_lerobot(settings: BuildSettings, source: Source, recipe: Recipe, folde
                 writer.write(record["key"], source.read(record["key"]), segmentation.skills)
             except ValueError as error:
                 refused.append(f"lerobot: {record['key']}: {error}")
+                progress.console.print(f"not written {refused[-1]}", highlight=False, markup=False, soft_wrap=True)
     return refused
 
 

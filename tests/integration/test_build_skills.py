@@ -93,7 +93,7 @@ def contents(out: Path) -> dict[str, bytes]:
 
 
 def test_a_killed_run_leaves_no_process_and_resumes_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = many(tmp_path / "source", 30)
+    source = many(tmp_path / "source", 80)
     options = ["--source", source, "--split", "base", "--workers", "2"]
     assert run(monkeypatch, *options, "--out", tmp_path / "whole") == 0
     killed = [sys.executable, "-m", "services.cli.skills", *map(str, options), "--out", str(tmp_path / "again")]
@@ -104,7 +104,7 @@ def test_a_killed_run_leaves_no_process_and_resumes_to_the_same_bytes(tmp_path: 
     process.kill()
     process.wait()
     assert not psutil.wait_procs(children, timeout=20)[1], "workers end with the command"
-    assert 0 < len(journal.read_text().splitlines()) < 30, "it was killed in the middle"
+    assert 0 < len(journal.read_text().splitlines()) < 80, "it was killed in the middle"
     with journal.open("a") as lines:
         lines.write('{"key": "half')
     assert run(monkeypatch, *options, "--out", tmp_path / "again") == 2, "not without --resume"
