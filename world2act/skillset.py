@@ -135,7 +135,8 @@ def _segment(episode: Episode, recipe: Recipe, cue: Cue, planner: Planner | None
     if recipe.calibration is not None and not no_widths(episode):
         return segment_episode(episode, calibration=recipe.calibration, planner=planner, aligner=aligner)
     if cue == "visual":
-        return segment_film(pixel_features(view(episode)), episode.instruction, task=episode.task, planner=planner)
+        # The instruction alone: the task of a clip is that of the episode it was cut from.
+        return segment_film(pixel_features(view(episode)), episode.instruction, planner=planner)
     reason = "no gripper signal: the source has no widths; the visual cue can cut it by its film"
     return Segmentation((), reason, (), (), length=len(episode.actions))
 
