@@ -23,6 +23,8 @@ from services.cli.settings import CliSettings
 
 MODULES = {
     "demos": "services.simulator.collect",
+    "build-skills": "services.cli.skills",
+    "skills-report": "services.cli.skills_page",
     "train-worldmodel": "services.worldmodel.training",
     "evaluate-worldmodel": "services.worldmodel.evaluate",
     "train-base": "world2act.behaviour_cloning",
@@ -215,6 +217,8 @@ def _module(name: str) -> Callable[[], None]:
 
     command.__doc__ = {
         "demos": "Collect demonstrations with the scripted experts. Own options: world2act demos --help.",
+        "build-skills": "Cut demonstrations of any origin into a data set of skills. Own options: world2act build-skills --help.",
+        "skills-report": "Gather built skill data sets into docs/skills.md. Own options: world2act skills-report --help.",
         "train-worldmodel": "Train the embedded world model, or with --backbone fine-tune a large one: --help.",
         "evaluate-worldmodel": "Quality of world models on held-out clips. Own options: world2act evaluate-worldmodel --help.",
         "train-base": "Train the base policy by behaviour cloning. Own options: world2act train-base --help.",
@@ -233,6 +237,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "demos": _module("demos"),
     "segment": segment,
     "schemas": schemas,
+    "build-skills": _module("build-skills"),
+    "skills-report": _module("skills-report"),
     "imagine": imagine,
     "rollout": rollout,
     "train-worldmodel": _module("train-worldmodel"),
