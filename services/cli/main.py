@@ -58,6 +58,16 @@ def status() -> None:
     processes.status(CliSettings.load(), console)
 
 
+def prometheus() -> None:
+    """Serve a Prometheus on these services, with the project's alerts (/alerts), until Ctrl-C."""
+    from services.cli import monitor
+
+    settings = CliSettings.load()
+    console.print(f"http://{settings.host}:{settings.prometheus_port}/alerts; Ctrl-C stops it")
+    if code := monitor.run(settings):
+        raise SystemExit(code)
+
+
 def segment(
     instruction: Positional[str | None] = None,
     file: Path | None = None,
@@ -214,6 +224,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "up": up,
     "down": down,
     "status": status,
+    "prometheus": prometheus,
     "demos": _module("demos"),
     "segment": segment,
     "schemas": schemas,
