@@ -49,7 +49,7 @@ def files() -> dict[Path, str]:
     """Path -> content of all that is generated."""
     found = {ROOT / "monitoring/grafana/dashboards" / f"{name}.json": dashboards.render(name) for name in dashboards.DASHBOARDS}
     found[ROOT / "monitoring/prometheus.yml"] = compose_prometheus()
-    found[ROOT / "k8s/base/rules.yaml"] = kubernetes_rules()
+    found[ROOT / "k8s/components/monitoring/rules.yaml"] = kubernetes_rules()
     return found
 
 
