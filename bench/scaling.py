@@ -42,7 +42,7 @@ class System:
     policy: float
 
 
-# Active seconds for the 784 trajectories of `make demo` (README): execution 186 with two environments, generation 88, learning 95.
+# Active seconds for 784 trajectories of `make demo` (README): execution 186 with two environments, generation 88, learning 95.
 # The policy: as many requests as clips (a state each), 163 clips/s * 88 s / 784, at the 218 requests/s of `make bench`.
 DEMO = 784
 EMBEDDED = System(

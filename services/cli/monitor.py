@@ -40,6 +40,8 @@ def find_program(name: str) -> str:
 def prometheus_command(settings: CliSettings, seconds: int = SCRAPE_SECONDS) -> list[str]:
     """Write the configuration into the run folder; the command line that serves it."""
     program = find_program("prometheus")
+    if not RULES.is_file():
+        raise ValueError(f"{RULES} is not there: world2act prometheus needs the repository that it was installed from")
     folder = settings.run_dir.resolve() / "prometheus"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "prometheus.yml"  # JSON is YAML

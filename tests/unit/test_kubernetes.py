@@ -104,6 +104,8 @@ def test_every_pod_is_restricted_probed_limited_and_budgeted(rendered: tuple[str
         for variable in container.get("env", []):
             assert not re.search("PASSWORD|TOKEN$|KEY$|REDIS_URL|AUTH", variable["name"]) or "valueFrom" in variable, name
     deployments = of_kind(resources, "Deployment")
+    scaled = {r["spec"]["scaleTargetRef"]["name"] for r in of_kind(resources, "ScaledObject", "HorizontalPodAutoscaler").values()}
+    assert all((name in scaled) != ("replicas" in d["spec"]) for name, d in deployments.items()), "one knows how many"
     assert set(of_kind(resources, "PodDisruptionBudget")) == set(deployments)
     assert all(d["spec"]["template"]["spec"]["topologySpreadConstraints"] for d in deployments.values())
 

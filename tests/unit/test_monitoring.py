@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,16 @@ from monitoring import build, dashboards
 from services.cli import monitor
 from services.cli.settings import CliSettings
 from services.cli.specs import metrics_targets, service_specs
+from services.gateway.doors import Doors
+from services.gateway.settings import GatewaySettings
+from services.gateway.state import State
+from services.runtime.messages import RolloutResult
+from services.runtime.telemetry import ProcessTree
+from services.trainer import metrics
+from services.trainer.collector import Collector
+from services.trainer.flow import Flow
+from tests.processes import free_port
+from world2act.schedule import EpisodeSpec, StalenessManager
 
 ROOT = Path(__file__).resolve().parents[2]
 ALERTS = [
@@ -91,3 +102,33 @@ def test_missing_prometheus_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp
     with pytest.raises(ValueError, match=r"prometheus is not installed: scripts/setup\.sh dev"):
         monitor.prometheus_command(CliSettings(run_dir=tmp_path))
     assert not list(tmp_path.iterdir())
+
+
+def test_redis_that_is_away_is_a_metric_and_no_error(tmp_path: Path) -> None:
+    settings = GatewaySettings(redis_url=f"redis://127.0.0.1:{free_port()}/0", artifacts_url=f"file://{tmp_path}/artifacts")
+    found = {metric.name: [sample.value for sample in metric.samples] for metric in State(Doors(settings)).collect()}
+    assert found.pop("w2a_redis_up") == [0]
+    assert set(found) == {"w2a_artifacts_disk_free_bytes", "w2a_artifacts_disk_size_bytes"}
+
+
+def test_cpu_of_children_counts_while_they_live_and_after() -> None:
+    def seconds() -> float:
+        return float(next(ProcessTree().collect()).samples[0].value)
+
+    before = seconds()
+    burn = "import time\nwhile time.process_time() < 0.5: pass\nprint(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", burn], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None and child.stdout.readline() == "\n"
+        alive = seconds()
+        child.communicate("\n")
+    assert before + 0.4 < alive <= seconds()
+
+
+def test_episode_of_too_old_a_policy_is_counted() -> None:
+    spec = EpisodeSpec(round=3, key="ab", task="reach", index=0, noise=0.0)
+    collector = object.__new__(Collector)
+    collector.flow = Flow([spec], StalenessManager(1), limit=1)
+    collector.flow.admit(version=3)
+    before = metrics.TOO_STALE._value.get()
+    collector._executed(RolloutResult(id="ab", job="j", task="reach", split="posttrain", index=0, round=3, version=1))
+    assert metrics.TOO_STALE._value.get() == before + 1
