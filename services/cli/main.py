@@ -62,10 +62,7 @@ def prometheus() -> None:
     """Serve a Prometheus on these services, with the project's alerts (/alerts), until Ctrl-C."""
     from services.cli import monitor
 
-    settings = CliSettings.load()
-    console.print(f"http://{settings.host}:{settings.prometheus_port}/alerts; Ctrl-C stops it")
-    if code := monitor.run(settings):
-        raise SystemExit(code)
+    monitor.run(CliSettings.load())
 
 
 def segment(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from services.cli.settings import CliSettings
 from services.cli.specs import metrics_targets
@@ -56,11 +56,8 @@ def prometheus_command(settings: CliSettings, seconds: int = SCRAPE_SECONDS) -> 
     return [program, *(f"--{name}={value}" for name, value in options.items())]
 
 
-def run(settings: CliSettings) -> int:
-    """Until Ctrl-C; the exit status."""
-    process = subprocess.Popen(prometheus_command(settings))
-    while True:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            continue  # the terminal sent it to Prometheus too
+def run(settings: CliSettings) -> NoReturn:
+    """Become Prometheus, until Ctrl-C."""
+    command = prometheus_command(settings)
+    print(f"http://{settings.host}:{settings.prometheus_port}/alerts; Ctrl-C stops it", flush=True)
+    os.execv(command[0], command)
