@@ -76,10 +76,10 @@ class Stage1Data:
 
     def pairs(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Views aligned by pair: true, predicted (N, K-1, C, h, w), actions (N, K-1, M, A), mask, intended (N, K-1)."""
-        latents = list(range(1, self.true.shape[1]))
-        chunks = [chunk_of_latent(k) for k in latents]
+        chunks = [chunk_of_latent(k) for k in range(1, self.true.shape[1])]
         labels = (self.actions, self.mask, self.intended)
-        return self.true[:, latents], self.predicted[:, latents], *(x[:, chunks] for x in labels)  # type: ignore[return-value]
+        # A slice of the latents: a list of indices would copy all of them at every step, most of a training's time.
+        return self.true[:, 1:], self.predicted[:, 1:], *(x[:, chunks] for x in labels)  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
