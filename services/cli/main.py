@@ -61,6 +61,13 @@ def status() -> None:
     processes.status(CliSettings.load(), console)
 
 
+def prometheus() -> None:
+    """Serve a Prometheus on these services, with the project's alerts (/alerts), until Ctrl-C."""
+    from services.cli import monitor
+
+    monitor.run(CliSettings.load())
+
+
 def segment(
     instruction: Positional[str | None] = None,
     file: Path | None = None,
@@ -234,6 +241,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "up": up,
     "down": down,
     "status": status,
+    "prometheus": prometheus,
     "demos": _module("demos"),
     "segment": segment,
     "schemas": schemas,
