@@ -21,9 +21,10 @@ from services.runtime.generated.simulator_pb2_grpc import SimulatorStub
 from services.runtime.jobs import Job, JobStore
 from services.runtime.rpc import connect_channel, healthy
 from services.runtime.streams import backlog, connect
-from services.runtime.telemetry import Check, heartbeats, redis_check
+from services.runtime.telemetry import HEARTBEAT_SECONDS, Check, heartbeats, redis_check
 
 SEGMENT_TASK, SEGMENT_QUEUE = "world2act.segment", "segment"
+WORKERS, SILENT_S = ("segmenter", "worldmodel", "rollout", "trainer"), 5 * HEARTBEAT_SECONDS
 STREAMS = (messages.JOBS, messages.ROLLOUT_REQUESTS, messages.IMAGINE_REQUESTS)
 
 
@@ -147,6 +148,19 @@ class Doors:
             return None
 
         return {"triton": self.triton_missing, "vla": self.vla_missing, "simulator": simulator}
+
+    def silent(self) -> dict[str, str]:
+        """Workers that have no door to ask, by their heartbeats; empty while Redis, which is reported itself, is away."""
+        try:
+            ages = self.heartbeats()
+        except redis.exceptions.RedisError:
+            return {}
+        found = {}
+        for worker in WORKERS:
+            age = min((a for name, a in ages.items() if name.split(":")[0] == worker), default=None)
+            if age is None or age > SILENT_S:
+                found[worker] = "has never given a heartbeat" if age is None else f"gave its last heartbeat {age:.0f} s ago"
+        return found
 
     def backlogs(self) -> dict[str, int]:
         """Queue or stream/group -> entries that are not finished."""
