@@ -56,6 +56,7 @@ USER 10001:10001
 FROM build AS gateway-packages
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf,required=false \
     --mount=type=secret,id=ca_bundle,target=/etc/ssl/certs/ca-certificates.crt,required=false \
+    --mount=type=cache,target=/root/.cache/pip \
     install-extra gateway --no-compile
 
 FROM service AS gateway
@@ -71,6 +72,7 @@ ENTRYPOINT ["python", "-m", "services.gateway"]
 FROM build AS segmenter-packages
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf,required=false \
     --mount=type=secret,id=ca_bundle,target=/etc/ssl/certs/ca-certificates.crt,required=false \
+    --mount=type=cache,target=/root/.cache/pip \
     install-extra segmenter
 
 FROM service AS segmenter
@@ -86,6 +88,7 @@ ENTRYPOINT ["python", "-m", "services.segmenter"]
 FROM build AS worldmodel-packages
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf,required=false \
     --mount=type=secret,id=ca_bundle,target=/etc/ssl/certs/ca-certificates.crt,required=false \
+    --mount=type=cache,target=/root/.cache/pip \
     install-extra worldmodel
 
 FROM service AS worldmodel
@@ -101,6 +104,7 @@ ENTRYPOINT ["python", "-m", "services.worldmodel", "worker"]
 FROM build AS vla-packages
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf,required=false \
     --mount=type=secret,id=ca_bundle,target=/etc/ssl/certs/ca-certificates.crt,required=false \
+    --mount=type=cache,target=/root/.cache/pip \
     install-extra vla
 
 FROM service AS vla
@@ -117,6 +121,7 @@ ENTRYPOINT ["python", "-m", "services.vla"]
 FROM build AS simulator-packages
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf,required=false \
     --mount=type=secret,id=ca_bundle,target=/etc/ssl/certs/ca-certificates.crt,required=false \
+    --mount=type=cache,target=/root/.cache/pip \
     install-extra simulator
 
 FROM service AS rendering
@@ -139,6 +144,7 @@ ENTRYPOINT ["python", "-m", "services.simulator"]
 FROM build AS trainer-packages
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf,required=false \
     --mount=type=secret,id=ca_bundle,target=/etc/ssl/certs/ca-certificates.crt,required=false \
+    --mount=type=cache,target=/root/.cache/pip \
     install-extra trainer
 
 FROM service AS trainer
@@ -155,6 +161,7 @@ ENTRYPOINT ["python", "-m", "services.trainer"]
 FROM build AS cli-packages
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf,required=false \
     --mount=type=secret,id=ca_bundle,target=/etc/ssl/certs/ca-certificates.crt,required=false \
+    --mount=type=cache,target=/root/.cache/pip \
     install-extra cli,simulator
 
 FROM rendering AS cli
@@ -171,7 +178,8 @@ ENTRYPOINT ["python", "-m", "services.cli.main"]
 FROM build AS triton-packages
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf,required=false \
     --mount=type=secret,id=ca_bundle,target=/etc/ssl/certs/ca-certificates.crt,required=false \
-    /opt/venv/bin/pip install --no-cache-dir --no-deps --target /opt/pytriton \
+    --mount=type=cache,target=/root/.cache/pip \
+    /opt/venv/bin/pip install --no-deps --target /opt/pytriton \
       "$(sed -n 's/^triton-server = \["\(.*\)"\]/\1/p' pyproject.toml)" \
     && install-extra triton
 
