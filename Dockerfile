@@ -13,12 +13,20 @@ FROM ${PYTHON_IMAGE} AS build
 # The CPU build of torch; empty: the CUDA build, from PyPI.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 WORKDIR /src
-RUN python -m venv /opt/venv
+# pip lives apart, so that nothing has to be taken out of /opt/venv again.
+RUN python -m venv /opt/pip && python -m venv --without-pip /opt/venv
 COPY containers/install-extra /usr/local/bin/
 # Only what names the dependencies, so that an edit of the code installs nothing again.
 COPY pyproject.toml ./
 COPY world2act/__init__.py world2act/
 RUN touch README.md
+
+# Torch and its like are installed once, for the services that use them.
+FROM build AS method-packages
+RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf,required=false \
+    --mount=type=secret,id=ca_bundle,target=/etc/ssl/certs/ca-certificates.crt,required=false \
+    --mount=type=cache,target=/root/.cache/pip \
+    install-extra method
 
 FROM ${PYTHON_IMAGE} AS code
 WORKDIR /opt/world2act
@@ -101,7 +109,7 @@ ENTRYPOINT ["python", "-m", "services.worldmodel", "worker"]
 
 # -- vla ---------------------------------------------------------------------------------------------------------------
 
-FROM build AS vla-packages
+FROM method-packages AS vla-packages
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf,required=false \
     --mount=type=secret,id=ca_bundle,target=/etc/ssl/certs/ca-certificates.crt,required=false \
     --mount=type=cache,target=/root/.cache/pip \
@@ -141,7 +149,7 @@ ENTRYPOINT ["python", "-m", "services.simulator"]
 
 # -- trainer: the job runner; with the argument `rollout` the rollout coordinator ----------------------------------------
 
-FROM build AS trainer-packages
+FROM method-packages AS trainer-packages
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf,required=false \
     --mount=type=secret,id=ca_bundle,target=/etc/ssl/certs/ca-certificates.crt,required=false \
     --mount=type=cache,target=/root/.cache/pip \
@@ -175,11 +183,11 @@ ENTRYPOINT ["python", "-m", "services.cli.main"]
 
 # -- triton ------------------------------------------------------------------------------------------------------------
 
-FROM build AS triton-packages
+FROM method-packages AS triton-packages
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf,required=false \
     --mount=type=secret,id=ca_bundle,target=/etc/ssl/certs/ca-certificates.crt,required=false \
     --mount=type=cache,target=/root/.cache/pip \
-    /opt/venv/bin/pip install --no-deps --target /opt/pytriton \
+    /opt/pip/bin/pip install --no-deps --target /opt/pytriton \
       "$(sed -n 's/^triton-server = \["\(.*\)"\]/\1/p' pyproject.toml)" \
     && install-extra triton
 
