@@ -72,7 +72,7 @@ LABEL org.opencontainers.image.title="World2Act gateway"
 COPY --from=gateway-packages /opt/venv /opt/venv
 COPY --from=code /opt/world2act/services/gateway services/gateway
 EXPOSE 8080 9100
-HEALTHCHECK --interval=5s --timeout=5s --start-period=120s CMD ["healthy", "9100", "/readyz"]
+HEALTHCHECK --interval=5s --timeout=10s --start-period=300s CMD ["healthy", "9100", "/readyz"]
 ENTRYPOINT ["python", "-m", "services.gateway"]
 
 # -- segmenter ---------------------------------------------------------------------------------------------------------
@@ -88,7 +88,7 @@ LABEL org.opencontainers.image.title="World2Act segmenter"
 COPY --from=segmenter-packages /opt/venv /opt/venv
 COPY --from=code /opt/world2act/services/segmenter services/segmenter
 EXPOSE 9101
-HEALTHCHECK --interval=5s --timeout=5s --start-period=120s CMD ["healthy", "9101", "/readyz"]
+HEALTHCHECK --interval=5s --timeout=10s --start-period=300s CMD ["healthy", "9101", "/readyz"]
 ENTRYPOINT ["python", "-m", "services.segmenter"]
 
 # -- worldmodel: the imagination worker, without torch -------------------------------------------------------------------
@@ -104,7 +104,7 @@ LABEL org.opencontainers.image.title="World2Act imagination worker"
 COPY --from=worldmodel-packages /opt/venv /opt/venv
 COPY --from=code /opt/world2act/services/worldmodel services/worldmodel
 EXPOSE 9102
-HEALTHCHECK --interval=5s --timeout=5s --start-period=120s CMD ["healthy", "9102", "/readyz"]
+HEALTHCHECK --interval=5s --timeout=10s --start-period=300s CMD ["healthy", "9102", "/readyz"]
 ENTRYPOINT ["python", "-m", "services.worldmodel", "worker"]
 
 # -- vla ---------------------------------------------------------------------------------------------------------------
@@ -121,7 +121,7 @@ COPY --from=vla-packages /opt/venv /opt/venv
 COPY --from=code /opt/world2act/services/vla services/vla
 COPY zoo zoo
 EXPOSE 50051 9103
-HEALTHCHECK --interval=5s --timeout=5s --start-period=120s CMD ["healthy", "9103", "/readyz"]
+HEALTHCHECK --interval=5s --timeout=10s --start-period=300s CMD ["healthy", "9103", "/readyz"]
 ENTRYPOINT ["python", "-m", "services.vla"]
 
 # -- simulator ---------------------------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ LABEL org.opencontainers.image.title="World2Act simulator"
 COPY --from=simulator-packages /opt/venv /opt/venv
 COPY --from=code /opt/world2act/services/simulator services/simulator
 EXPOSE 50061 9104
-HEALTHCHECK --interval=5s --timeout=5s --start-period=120s CMD ["healthy", "9104", "/readyz"]
+HEALTHCHECK --interval=5s --timeout=10s --start-period=300s CMD ["healthy", "9104", "/readyz"]
 ENTRYPOINT ["python", "-m", "services.simulator"]
 
 # -- trainer: the job runner; with the argument `rollout` the rollout coordinator ----------------------------------------
@@ -161,7 +161,7 @@ COPY --from=trainer-packages /opt/venv /opt/venv
 COPY --from=code /opt/world2act/services/trainer services/trainer
 COPY zoo zoo
 EXPOSE 9105 9106
-HEALTHCHECK --interval=5s --timeout=5s --start-period=120s CMD ["healthy", "9106", "/readyz"]
+HEALTHCHECK --interval=5s --timeout=10s --start-period=300s CMD ["healthy", "9106", "/readyz"]
 ENTRYPOINT ["python", "-m", "services.trainer"]
 
 # -- cli: the main job as a client (and the scripted experts that record its demonstrations) ------------------------------
@@ -223,5 +223,5 @@ COPY --from=code /opt/world2act/services/worldmodel services/worldmodel
 COPY zoo zoo
 USER 10001:10001
 EXPOSE 8000 8001 8002
-HEALTHCHECK --interval=5s --timeout=5s --start-period=300s CMD ["healthy", "8000", "/v2/health/ready"]
+HEALTHCHECK --interval=5s --timeout=10s --start-period=600s CMD ["healthy", "8000", "/v2/health/ready"]
 ENTRYPOINT ["python", "-m", "services.worldmodel", "triton"]

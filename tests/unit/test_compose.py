@@ -130,7 +130,7 @@ def test_versions_are_pinned_and_agree() -> None:
     for name in ("PYTHON_IMAGE", "TRITON_IMAGE", "TORCH_INDEX"):
         default = re.search(rf"^ARG {name}=(.*)$", DOCKERFILE, re.M)
         assert default and re.fullmatch(rf"\$\{{{name}:?-{re.escape(default[1])}}}", arguments[name]), name
-    assert not re.findall(r"^FROM (?!\$|build |service |rendering )\S+", DOCKERFILE, re.M), "bases are arguments"
+    assert not re.findall(r"^FROM (?!\$|build |method-packages |service |rendering )\S+", DOCKERFILE, re.M), "bases are arguments"
 
 
 def test_images_install_their_extra_and_open_their_ports() -> None:
