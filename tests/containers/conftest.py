@@ -1,7 +1,7 @@
 """The whole system in containers, once for all tests here: images built, `docker compose up --wait`, and `down -v` at the end.
 
-These tests take minutes and gigabytes, so they run only where W2A_CONTAINER_TESTS=1 asks for them (`make test` does where it
-finds an engine, `make containers` always), and skip loudly where there is no engine.
+These tests take minutes and gigabytes, so they run only where W2A_CONTAINER_TESTS=1 asks for them: `make containers` always does,
+`make test` where a Docker Engine runs. They skip loudly where there is none.
 """
 
 from __future__ import annotations
@@ -119,7 +119,9 @@ def run_job(client: httpx.Client, kind: str, body: dict[str, Any], seconds: floa
 @pytest.fixture(scope="session")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     if os.environ.get("W2A_CONTAINER_TESTS") != "1":
-        pytest.skip("containers not tested: set W2A_CONTAINER_TESTS=1 (needs a Docker Engine, 12 GB of disk, 15 minutes)")
+        pytest.skip(
+            "containers not tested: run `make containers` (a Docker Engine: scripts/engine.sh; 15 GB of disk, half an hour)"
+        )
     try:
         with running_engine(tmp_path_factory.mktemp("engine")) as found:
             say(f"\ncontainers: {found.how}")
