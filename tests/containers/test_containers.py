@@ -91,7 +91,8 @@ def test_prometheus_scrapes_every_target(system: System) -> None:
 
 
 def test_more_simulators_are_found_and_used(system: System) -> None:
-    system.compose("up", "--wait", "--no-build", "--no-recreate", "--detach", "--scale=simulator=2", "simulator", timeout=600)
+    system.compose("scale", "--no-deps", "simulator=2")
+    wait_until(system.healthy, 300, "the new simulator is healthy")
     replicas = system.containers("simulator")
     assert len(replicas) == 2
     with system.gateway() as client:
@@ -102,7 +103,7 @@ def test_more_simulators_are_found_and_used(system: System) -> None:
         assert "w2a_simulator" in said and any(
             float(line.split()[1]) > 0 for line in said.splitlines() if "steps_total" in line
         ), said
-    system.compose("up", "--wait", "--no-build", "--no-recreate", "--detach", "--scale=simulator=1", "simulator", timeout=600)
+    system.compose("scale", "--no-deps", "simulator=1")
 
 
 SCRAPE = """import urllib.request
