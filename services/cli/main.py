@@ -211,9 +211,9 @@ def report(record: Path | None = None, out: Path = Path("report.html")) -> None:
     console.print(f"{out} written")
 
 
-def demo() -> None:
-    """The main job, live: segment, imagine, roll out, post-train, evaluate, report."""
-    code = importlib.import_module("services.cli.demo").run(CliSettings.load())
+def demo(out: Path = Path("report.html"), start: bool = True) -> None:
+    """The main job, live: segment, imagine, roll out, post-train, evaluate, report. --no-start: on services that run already."""
+    code = importlib.import_module("services.cli.demo").run(CliSettings.load(), out, start)
     if code:
         raise SystemExit(code)
 

@@ -96,14 +96,18 @@ def add_pages(app: FastAPI, doors: Doors) -> None:
     @app.get("/readyz", tags=["state"])
     def readyz() -> JSONResponse:
         """503 without Redis or artifacts; else 200: `missing` names services that some requests need and that do not answer."""
-        failed, missing = run_checks(doors.checks()), run_checks(doors.others())
+        failed, missing = run_checks(doors.checks()), run_checks(doors.others()) | doors.silent()
         status = "not ready" if failed else "degraded" if missing else "ready"
         return JSONResponse({"status": status, "missing": failed | missing}, 503 if failed else 200)
 
     @app.get("/status", tags=["state"])
     def status() -> dict[str, Any]:
         """Seconds since each worker's heartbeat, unfinished entries of each queue, services that do not answer."""
-        return {"missing": run_checks(doors.others()), "heartbeats": doors.heartbeats(), "backlogs": doors.backlogs()}
+        return {
+            "missing": run_checks(doors.others()) | doors.silent(),
+            "heartbeats": doors.heartbeats(),
+            "backlogs": doors.backlogs(),
+        }
 
     @app.get("/", include_in_schema=False)
     def viewer() -> HTMLResponse:

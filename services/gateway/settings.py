@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
+import os
+import secrets
 from pathlib import Path
 
 from pydantic import Field, SecretStr
@@ -23,11 +26,16 @@ class GatewaySettings(CommonSettings):
     triton_http_url: str = Field("", description="Triton's HTTP door, for its health; empty: Triton's host, triton_http_port")
     gateway_token: SecretStr = Field(SecretStr(""), description="bearer token every route but health demands; empty: none")
     gateway_token_file: Path | None = Field(None, description="file that holds the token instead")
+    gateway_token_create: bool = Field(
+        False, description="write gateway_token_file: the token given, else a new one where there is no such file"
+    )
 
     def token(self) -> str:
         """The token, or "" for none. Raises ValueError when the file cannot be read or is empty."""
         if self.gateway_token_file is None:
             return self.gateway_token.get_secret_value()
+        if self.gateway_token_create:
+            self._create_token(self.gateway_token_file)
         try:
             text = self.gateway_token_file.read_text().strip()
         except OSError as error:
@@ -35,6 +43,17 @@ class GatewaySettings(CommonSettings):
         if not text:
             raise ValueError(f"gateway_token_file: {self.gateway_token_file} is empty")
         return text
+
+    def _create_token(self, path: Path) -> None:
+        """Write the given token, or a new one where there is none yet, whole or not at all and for this user alone."""
+        given = self.gateway_token.get_secret_value()
+        if path.exists() and not given:
+            return
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        with contextlib.suppress(OSError):  # reading it will say what is wrong
+            temporary.touch(0o600)
+            temporary.write_text((given or secrets.token_urlsafe(24)) + "\n")
+            temporary.replace(path)
 
     def triton_http(self) -> str:
         host = self.triton().rsplit(":", 1)[0]

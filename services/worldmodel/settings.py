@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, field_validator
@@ -33,6 +34,9 @@ class WorldModelSettings(CommonSettings):
     )
     guardrail: bool = Field(
         True, description="NVIDIA's guardrail for cosmos_predict2, which its licence requires; off: own weights"
+    )
+    triton_root: Path | None = Field(
+        None, description="Triton's folder (bin, backends, caches), as in NVIDIA's image; default: the nvidia-pytriton wheel"
     )
     imagine_batch: int = Field(
         16, ge=1, le=256, description="requests that the imagination worker takes at once and batches together"

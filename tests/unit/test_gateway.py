@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
+import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -295,7 +297,9 @@ def test_both_checks_know_the_same_fields() -> None:
         ("simulator", "/imagine", {"task": "reach"}),
     ],
 )
-def test_a_door_that_is_down_is_named(client: TestClient, monkeypatch: Any, door: str, path: str, body: dict[str, Any]) -> None:
+def test_a_door_that_is_down_is_named(
+    client: TestClient, valkey: redis.Redis, monkeypatch: Any, door: str, path: str, body: dict[str, Any]
+) -> None:
     def no_simulator(self: Doors) -> list[str]:
         raise ProblemError(503, "simulator at nowhere does not answer", service="simulator")
 
@@ -303,11 +307,29 @@ def test_a_door_that_is_down_is_named(client: TestClient, monkeypatch: Any, door
         monkeypatch.setattr(Doors, "describe_tasks", no_simulator)
     else:
         monkeypatch.setattr(Doors, f"{door}_missing", lambda self: "at nowhere does not answer")
+    beat(valkey)
     reply = client.post(path, json=body)
     assert problem(reply, 503, door)["service"] == door and reply.headers["retry-after"]
     ready = client.get("/readyz")
     assert ready.status_code == 200 and list(ready.json()["missing"]) == [door]
     monkeypatch.undo()
+
+
+def beat(client: redis.Redis, seconds_ago: float = 0.0, *workers: str) -> None:
+    """Heartbeats as the workers write them."""
+    for worker in workers or ("segmenter", "worldmodel", "rollout", "trainer"):
+        client.set(f"w2a:heartbeat:{worker}:0", f"{time.time() - seconds_ago:.3f}")
+
+
+def test_a_silent_worker_is_named(client: TestClient, valkey: redis.Redis) -> None:
+    beat(valkey, 0.0, "worldmodel", "rollout")
+    beat(valkey, 40.0, "segmenter", "rollout")
+    valkey.set("w2a:heartbeat:rollout:1", f"{time.time():.3f}")  # another replica lives
+    ready = client.get("/readyz")
+    assert ready.status_code == 200 and ready.json()["status"] == "degraded"
+    missing = ready.json()["missing"]
+    assert set(missing) == {"segmenter", "trainer"} == set(client.get("/status").json()["missing"])
+    assert missing["segmenter"].startswith("gave its last heartbeat 40") and missing["trainer"] == "has never given a heartbeat"
 
 
 def test_jobs_are_listed_and_cancelled(client: TestClient) -> None:
@@ -386,6 +408,25 @@ def test_public_hosts_need_a_token() -> None:
     with pytest.raises(ValueError, match=r"192\.168\.0\.1 is not a loopback"):
         GatewaySettings(host="192.168.0.1").check_host()
     GatewaySettings(host="192.168.0.1", gateway_token="x").check_host()
+
+
+def test_a_token_file_is_written_where_asked(tmp_path: Path) -> None:
+    path = tmp_path / "token"
+    settings = GatewaySettings(host="192.168.0.1", gateway_token_file=path, gateway_token_create=True)
+    made = settings.token()
+    assert len(made) >= 24 and path.read_text().strip() == made and stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert settings.token() == made, "kept over restarts"
+    given = GatewaySettings(gateway_token_file=path, gateway_token_create=True, gateway_token="s3cret")
+    assert given.token() == "s3cret" == path.read_text().strip(), "clients that read the file get the token that was given"
+    for changes in (
+        {"gateway_token_file": tmp_path / "no" / "token", "gateway_token_create": True},
+        {"gateway_token_file": tmp_path},
+    ):
+        with pytest.raises(ValueError, match="gateway_token_file: cannot read"):
+            GatewaySettings(**changes).token()
+    with pytest.raises(ValueError, match="gateway_token_file: cannot read"):
+        GatewaySettings(gateway_token_file=tmp_path / "other").token()
+    assert [p.name for p in tmp_path.iterdir()] == ["token"]
 
 
 def test_openapi_has_examples_that_are_valid(client: TestClient) -> None:
