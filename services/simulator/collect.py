@@ -293,7 +293,7 @@ def main() -> int:
     try:
         print_tallies(collect(settings), console)
     except (ValueError, RuntimeError, OSError) as error:
-        console.print(f"[red]error[/red] {error}")
+        console.print(f"[red]error:[/red] {error}")
         return 1
     return 0
 
