@@ -25,10 +25,11 @@ from services.runtime.messages import PolicyVersion
 from services.runtime.policies import import_version
 from services.runtime.rpc import connect_channel, healthy
 from services.runtime.streams import backlog, connect
-from services.runtime.telemetry import Check, heartbeats, redis_check
+from services.runtime.telemetry import HEARTBEAT_SECONDS, Check, heartbeats, redis_check
 
 SEGMENT_TASK, SEGMENT_QUEUE = "world2act.segment", "segment"
 LOAD_SECONDS = 60.0
+WORKERS, SILENT_S = ("segmenter", "worldmodel", "rollout", "trainer"), 5 * HEARTBEAT_SECONDS
 STREAMS = (messages.JOBS, messages.ROLLOUT_REQUESTS, messages.IMAGINE_REQUESTS)
 
 
@@ -182,6 +183,19 @@ class Doors:
             return None
 
         return {"triton": self.triton_missing, "vla": self.vla_missing, "simulator": simulator}
+
+    def silent(self) -> dict[str, str]:
+        """Workers that have no door to ask, by their heartbeats; empty while Redis, which is reported itself, is away."""
+        try:
+            ages = self.heartbeats()
+        except redis.exceptions.RedisError:
+            return {}
+        found = {}
+        for worker in WORKERS:
+            age = min((a for name, a in ages.items() if name.split(":")[0] == worker), default=None)
+            if age is None or age > SILENT_S:
+                found[worker] = "has never given a heartbeat" if age is None else f"gave its last heartbeat {age:.0f} s ago"
+        return found
 
     def backlogs(self) -> dict[str, int]:
         """Queue or stream/group -> entries that are not finished."""

@@ -1,9 +1,10 @@
 """Record demonstrations with a simulator's scripted experts: `python -m services.simulator.collect --out DIR --split worldmodel`.
 
-A plain episode follows the expert; one that fails is dropped and counted. A perturbed episode adds random xyz offsets, each
-held for one to three chunks, to half of the expert's chunks on average, and in half of those forces the gripper open or
-closed: states off the expert's path, dropped and missed objects, and the way back are seen too. The action recorded is the
-action executed, marked as not intended where an offset was added, and the episode is kept whether or not it succeeds. An
+A plain episode follows the expert; one that fails is dropped and counted. A perturbed episode begins with up to five chunks
+of wandering: random motion, hand open or closed. Then the expert takes over, with random xyz offsets, each held for one to
+three chunks, on 40 % of its chunks on average, which in half of the cases force the gripper open or closed: states off the
+expert's path, dropped and missed objects, and the way back are seen too. The action recorded is the action executed, marked
+as not intended while wandering or offset, and the episode is kept whether or not it succeeds. An
 episode ends AFTER_SUCCESS chunks after success, in whole chunks, or at the task's limit: what a solved task looks like is
 seen too, since policies go on there. Scene i is the same scene for ever (world2act.splits), and scene i is perturbed or
 plain whatever --episodes is, so a longer collection extends a shorter one (--resume).
@@ -32,7 +33,8 @@ from world2act.splits import Split, scene_seed
 from world2act.types import Episode
 
 MOST_ATTEMPTS = 4  # scenes tried for each episode wanted, before an expert is declared broken
-OFFSET_CHANCE = 0.5  # of a perturbed episode's spans, those that get an offset
+LONGEST_WANDER = 5  # chunks
+OFFSET_CHANCE = 0.4  # of a perturbed episode's spans after it, those that get an offset
 LONGEST_SPAN = 3  # chunks
 AFTER_SUCCESS = 4  # chunks
 
@@ -53,6 +55,8 @@ class CollectSettings:
     """Share of scenes whose expert is perturbed, 0 to 1."""
     noise: float = 0.6
     """Standard deviation of a perturbed span's xyz offset, in action units; of every other one on average, twice that."""
+    camera_every: int = 1
+    """Draw a frame after every that many actions; those between repeat it, as a slow camera's do. 4 in LIBERO: half the time."""
     workers: int = 2
     """Processes."""
     simulator: str = "metaworld"
@@ -74,7 +78,7 @@ class Tally:
     perturbed_failed: int = 0
 
 
-def env_args(spec: base.EnvironmentSpec, task: str) -> dict[str, object]:
+def env_args(spec: base.EnvironmentSpec, task: str, camera_every: int = 1) -> dict[str, object]:
     """The env_args of a file of `task`."""
     return {
         "env_name": task,
@@ -84,6 +88,7 @@ def env_args(spec: base.EnvironmentSpec, task: str) -> dict[str, object]:
         "cameras": {camera.name: camera.cell for camera in spec.cameras},
         "gripper_open_width": spec.gripper_open_width,
         "gripper_width_index": spec.gripper_width_index,
+        **({"camera_every": camera_every} if camera_every > 1 else {}),
     }
 
 
@@ -92,7 +97,7 @@ def is_perturbed(index: int, share: float) -> bool:
     return int((index + 1) * share + 1e-9) > int(index * share + 1e-9)
 
 
-def record(env: base.Environment, task: str, split: Split, index: int, noise: float) -> Episode:
+def record(env: base.Environment, task: str, split: Split, index: int, noise: float = 0.0, camera_every: int = 1) -> Episode:
     """One episode of the expert in scene (split, index). noise > 0 perturbs: xyz offsets of that spread or twice it."""
     spec = env.spec
     seed = scene_seed(split, index)
@@ -100,24 +105,32 @@ def record(env: base.Environment, task: str, split: Split, index: int, noise: fl
     gripper = [axis.name == "gripper" for axis in spec.action]
     observation = env.reset(task, seed)
     images = {name: [image] for name, image in observation.images.items()}
-    states, actions = [observation.state], []
+    states, actions, known = [observation.state], [], [truth(env)]
     intended: list[bool] = []
+    wander = int(rng.integers(0, LONGEST_WANDER + 1)) if noise > 0 else 0
     success, after, left = False, 0, 0
-    for _ in range(spec.task(task).max_chunks):
+    for chunk in range(spec.task(task).max_chunks):
+        wandering = chunk < wander
         if left == 0:
             left, offset = int(rng.integers(1, LONGEST_SPAN + 1)), np.zeros(len(spec.action), np.float32)
-            if noise > 0 and rng.random() < OFFSET_CHANCE:
+            if wandering:
+                left = min(left, wander - chunk)
+                offset[:3] = rng.normal(0.0, 1.0, 3)
+                offset[gripper] = rng.choice((-1.0, 1.0))
+            elif noise > 0 and rng.random() < OFFSET_CHANCE:
                 offset[:3] = rng.normal(0.0, noise * rng.integers(1, 3), 3)
                 offset[gripper] = rng.choice((-2.0, 0.0, 0.0, 2.0))
         left -= 1
         for _ in range(spec.chunk):
-            action = np.clip(env.expert_action() + offset, -1.0, 1.0).astype(np.float32)
-            result = env.step(action[None], "all")
+            wanted = np.zeros_like(offset) if wandering else env.expert_action()
+            action = np.clip(wanted + offset, -1.0, 1.0).astype(np.float32)
             actions.append(action)
+            result = env.step(action[None], "none" if len(actions) % camera_every else "last")
             intended.append(not offset.any())
             states.append(result.states[0])
+            known.append(truth(env))
             for name, frames in result.images.items():
-                images[name].append(frames[0])
+                images[name].append(frames[0] if len(frames) else images[name][-1])
             success = result.success
         after += success
         if after > AFTER_SUCCESS:
@@ -134,14 +147,22 @@ def record(env: base.Environment, task: str, split: Split, index: int, noise: fl
         actions=np.stack(actions),
         success=success,
         intended=np.array(intended),
+        truth={name: np.array([moment[name] for moment in known], np.float32) for name in known[0]} or None,
     )
+
+
+def truth(env: base.Environment) -> dict[str, float]:
+    """`Environment.truth`, or nothing from a simulator that does not tell."""
+    return {} if type(env).truth is base.Environment.truth else env.truth()
 
 
 def collect_task(env: base.Environment, task: str, settings: CollectSettings) -> Iterator[Tally]:
     """Write one task's file; yields the tally after every scene. Raises RuntimeError when the expert fails nearly always."""
     path = settings.out / settings.split.value / f"{task}.hdf5"
     tally = Tally(task)
-    with EpisodeWriter(path, split=settings.split, env_args=env_args(env.spec, task), resume=settings.resume) as writer:
+    with EpisodeWriter(
+        path, split=settings.split, env_args=env_args(env.spec, task, settings.camera_every), resume=settings.resume
+    ) as writer:
         tally.existing = tally.written = len(writer.indices)
         start = max(writer.indices, default=-1) + 1
         wanted = settings.episodes - tally.written
@@ -149,7 +170,7 @@ def collect_task(env: base.Environment, task: str, settings: CollectSettings) ->
             if tally.written >= settings.episodes:
                 break
             perturbed = is_perturbed(index, settings.perturbed_share)
-            episode = record(env, task, settings.split, index, settings.noise if perturbed else 0.0)
+            episode = record(env, task, settings.split, index, settings.noise if perturbed else 0.0, settings.camera_every)
             if perturbed:
                 tally.perturbed += 1
                 tally.perturbed_failed += not episode.success
@@ -193,6 +214,7 @@ def collect(settings: CollectSettings, console: Console | None = None) -> list[T
         ("episodes", settings.episodes, 1, 100_000),
         ("perturbed_share", settings.perturbed_share, 0, 1),
         ("noise", settings.noise, 0, 2),
+        ("camera_every", settings.camera_every, 1, 100),
         ("workers", settings.workers, 1, 64),
     ):
         if not low <= value <= high:
