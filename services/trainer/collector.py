@@ -72,6 +72,8 @@ class Collector(threading.Thread):
                 for progress in self.flow.admit(self.version):
                     self.context.ledger.request(self._request(progress))
                 for message in reader.poll():
+                    if self._closed.is_set():
+                        return  # a run that starts again from what Redis holds takes it: two must not tell of one episode
                     if isinstance(message, RolloutResult):
                         self._executed(message)
                     elif isinstance(message, ImagineResult):
