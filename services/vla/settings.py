@@ -47,7 +47,9 @@ class VlaSettings(CommonSettings):
     vla_adapters: str = Field(
         "adapters.safetensors", description="Stage 1 adapters that bundles must be made with; empty: bundles of any adapters load"
     )
-    vla_bundle: Path | None = Field(None, description="residual bundle loaded at the start into namespace default, under its own version")
+    vla_bundle: Path | None = Field(
+        None, description="residual bundle loaded at the start into namespace default, under its own version"
+    )
     vla_trusted_keys: str = Field(
         "", description="comma-separated PEM files of Ed25519 public keys: only bundles that one of them signed load; empty: any"
     )
