@@ -1,11 +1,12 @@
 # World2Act. `make demo` and `make test` do all their own set-up.
-.PHONY: help demo test setup lint bench zoo skills experiments proto clean
+.PHONY: help demo test containers setup lint bench zoo skills experiments proto clean
 SHELL := /bin/bash
 RUN := .venv/bin/
 
 help:
 	@echo "make demo   the main job, live: segment, imagine, roll out, post-train, evaluate; writes report.html"
 	@echo "make test   every test: lint, types, unit, conformance, integration with the real processes"
+	@echo "make containers  build the images, bring all up in them, break each part (needs a Docker Engine: scripts/engine.sh)"
 	@echo "make bench  every rate, one table"
 	@echo "make zoo    rebuild every shipped weight from nothing (about 40 minutes on 2 cores)"
 	@echo "make skills  skill data sets of Meta-World and LIBERO from our experts, scored, and docs/skills.md (hours; resumable)"
@@ -17,7 +18,10 @@ demo:
 	@$(RUN)world2act demo $(DEMO)
 
 test: lint
-	@OMP_NUM_THREADS=1 $(RUN)python -m pytest tests $(TEST)
+	@W2A_CONTAINER_TESTS=$${W2A_CONTAINER_TESTS-$$(docker info >/dev/null 2>&1 && echo 1)} OMP_NUM_THREADS=1 $(RUN)python -m pytest tests $(TEST)
+
+containers: lint
+	@W2A_CONTAINER_TESTS=1 OMP_NUM_THREADS=1 $(RUN)python -m pytest tests/containers $(TEST)
 
 lint:
 	@scripts/setup.sh dev

@@ -1,7 +1,7 @@
 """`world2act demo`: the main job, live, on this machine: segment, imagine and roll out, post-train, evaluate, report.
 
-A client of the gateway like any other; it only also starts and stops the services. Everything it shows is kept in
-`<run_dir>/record.json`, from which `report.html` is drawn.
+A client of the gateway like any other; it only also starts and stops the services, unless they run already. Everything
+it shows is kept in `<run_dir>/record.json`, from which `report.html` is drawn.
 """
 
 from __future__ import annotations
@@ -128,13 +128,24 @@ def evaluate(demo: Demo, namespace: str) -> None:
     demo.record["evaluation"] = {"rows": result["rows"], "split": result["split"]}
 
 
-def run_parts(demo: Demo, supervisor: Supervisor) -> None:
+def find_services(demo: Demo) -> None:
+    """Services that somebody else started: all that the gateway needs must answer. Raises CliError naming what does not."""
+    missing = demo.gateway.call("GET", "/status")["missing"]
+    if missing:
+        raise CliError("; ".join(f"{name} {reason}" for name, reason in missing.items()))
+    demo.console.print(f"services answer; {demo.gateway.url} shows what happens")
+
+
+def run_parts(demo: Demo, supervisor: Supervisor | None) -> None:
     """The parts in order."""
-    with demo.part("start the services"):
-        seconds = bring_up(supervisor, demo.console, demo.stop)
-        demo.console.print(
-            f"{len(supervisor.rows())} services ready after {seconds:.1f} s; {demo.gateway.url} shows what happens"
-        )
+    with demo.part("start the services" if supervisor else "find the services"):
+        if supervisor is None:
+            find_services(demo)
+        else:
+            seconds = bring_up(supervisor, demo.console, demo.stop)
+            demo.console.print(
+                f"{len(supervisor.rows())} services ready after {seconds:.1f} s; {demo.gateway.url} shows what happens"
+            )
     with demo.part("collect demonstrations"):
         folder = collect(demo)
     with demo.part("segment into skills"):
@@ -153,10 +164,11 @@ def shipped_stage1(zoo: Path) -> dict[str, Any]:
     return {"history": card.get("history", []), "metrics": card.get("metrics", {})}
 
 
-def run(settings: CliSettings, out: Path = Path("report.html")) -> int:
-    """The whole demo; the exit status. Every process that it started has ended when it returns."""
+def run(settings: CliSettings, out: Path = Path("report.html"), start: bool = True) -> int:
+    """The whole demo; the exit status. Every process that it started has ended when it returns. `start`: the services, too."""
     console = Console()
-    supervisor = make_supervisor(settings)
+    supervisor = make_supervisor(settings) if start else None
+    Path(settings.run_dir).mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     with stopping_signals() as stop, Gateway(settings) as gateway:
         demo = Demo(settings, console, gateway, stop)
@@ -165,12 +177,13 @@ def run(settings: CliSettings, out: Path = Path("report.html")) -> int:
             run_parts(demo, supervisor)
         except (KeyboardInterrupt, CliError, SupervisorError) as error:
             if stop.is_set():
-                console.print("interrupted; stopping the services")
+                console.print("interrupted; stopping the services" if supervisor else "interrupted")
                 return 130
             console.print(f"[red]error:[/red] {error}", highlight=False)
             return 2
         finally:
-            supervisor.stop()
+            if supervisor is not None:
+                supervisor.stop()
     minutes = (time.monotonic() - started) / 60
     demo.record["about"] = (
         f"Meta-World, {len(TASKS)} tasks, embedded models, {minutes:.1f} minutes on this machine. "

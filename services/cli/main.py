@@ -25,9 +25,10 @@ MODULES = {
     "demos": "services.simulator.collect",
     "build-skills": "services.cli.skills",
     "skills-report": "services.cli.skills_page",
-    "train-worldmodel": "world2act.worldmodel_training",
+    "train-worldmodel": "services.worldmodel.training",
+    "evaluate-worldmodel": "services.worldmodel.evaluate",
     "train-base": "world2act.behaviour_cloning",
-    "stage1": "world2act.stage1",
+    "stage1": "services.worldmodel.stage1",
     "experiment": "experiments",
     "results": "experiments.results",
     "diagnose": "experiments.diagnose",
@@ -60,17 +61,26 @@ def status() -> None:
     processes.status(CliSettings.load(), console)
 
 
+def prometheus() -> None:
+    """Serve a Prometheus on these services, with the project's alerts (/alerts), until Ctrl-C."""
+    from services.cli import monitor
+
+    monitor.run(CliSettings.load())
+
+
 def segment(
     instruction: Positional[str | None] = None,
     file: Path | None = None,
     demo: str | None = None,
     planner: Literal["rule", "llm"] = "rule",
+    episode: str | None = None,
 ) -> None:
-    """Cut an instruction, or the demonstrations of an HDF5 file, into skills; planner llm asks the segmenter's language model."""
+    """Cut an instruction, an uploaded HDF5 file, or data in the gateway's data folder (--episode: LeRobot, clips, many files)
+    into skills; planner llm asks the segmenter's language model."""
     from services.cli import work
 
     with Gateway(CliSettings.load()) as gateway:
-        work.show_segments(work.segment(gateway, console, instruction, file, demo, planner), console)
+        work.show_segments(work.segment(gateway, console, instruction, file, demo, planner, episode), console)
 
 
 def schemas(file: Path | None = None) -> None:
@@ -170,11 +180,23 @@ def cancel(job: Positional[str]) -> None:
 
 
 def export(namespace: Positional[str | None] = None, version: int = -1, out: Path = Path("residual.safetensors")) -> None:
-    """Write a residual bundle to a file. The namespace is a post-training job's id (else the newest's), -1 its newest version."""
+    """Write a residual bundle to a file. The namespace is a post-training job's id (else the newest's), -1 its newest version.
+
+    Signed where W2A_SIGNING_KEY or W2A_SIGNING_KEY_FILE gives an Ed25519 key (openssl genpkey -algorithm ed25519).
+    """
+    from services.cli import work
+
+    settings = CliSettings.load()
+    with Gateway(settings) as gateway:
+        work.export(gateway, console, namespace, version, out, settings.signing())
+
+
+def import_bundle(file: Positional[Path], namespace: str = "default") -> None:
+    """Register a residual bundle as the next version of a namespace. The policy server checks it and says what does not fit."""
     from services.cli import work
 
     with Gateway(CliSettings.load()) as gateway:
-        work.export(gateway, console, namespace, version, out)
+        work.import_bundle(gateway, console, file, namespace)
 
 
 def report(record: Path | None = None, out: Path = Path("report.html")) -> None:
@@ -189,9 +211,9 @@ def report(record: Path | None = None, out: Path = Path("report.html")) -> None:
     console.print(f"{out} written")
 
 
-def demo() -> None:
-    """The main job, live: segment, imagine, roll out, post-train, evaluate, report."""
-    code = importlib.import_module("services.cli.demo").run(CliSettings.load())
+def demo(out: Path = Path("report.html"), start: bool = True) -> None:
+    """The main job, live: segment, imagine, roll out, post-train, evaluate, report. --no-start: on services that run already."""
+    code = importlib.import_module("services.cli.demo").run(CliSettings.load(), out, start)
     if code:
         raise SystemExit(code)
 
@@ -204,9 +226,10 @@ def _module(name: str) -> Callable[[], None]:
         "demos": "Collect demonstrations with the scripted experts. Own options: world2act demos --help.",
         "build-skills": "Cut demonstrations of any origin into a data set of skills. Own options: world2act build-skills --help.",
         "skills-report": "Gather built skill data sets into docs/skills.md. Own options: world2act skills-report --help.",
-        "train-worldmodel": "Train video VAE and world model on skill clips. Own options: world2act train-worldmodel --help.",
+        "train-worldmodel": "Train the embedded world model, or with --backbone fine-tune a large one: --help.",
+        "evaluate-worldmodel": "Quality of world models on held-out clips. Own options: world2act evaluate-worldmodel --help.",
         "train-base": "Train the base policy by behaviour cloning. Own options: world2act train-base --help.",
-        "stage1": "Train the adapters (Stage 1). Own options: world2act stage1 --help.",
+        "stage1": "Train the adapters (Stage 1), with --backbone on a large world model. Own options: world2act stage1 --help.",
         "experiment": "Measure: main, methods, worldmodel, objectives, adapters, ... Own options: world2act experiment --help.",
         "results": "Gather what experiments measured into docs/results.md. Own options: world2act results --help.",
         "diagnose": "Measure imagined targets against the expert. Own options: world2act diagnose --help.",
@@ -218,6 +241,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "up": up,
     "down": down,
     "status": status,
+    "prometheus": prometheus,
     "demos": _module("demos"),
     "segment": segment,
     "schemas": schemas,
@@ -226,6 +250,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "imagine": imagine,
     "rollout": rollout,
     "train-worldmodel": _module("train-worldmodel"),
+    "evaluate-worldmodel": _module("evaluate-worldmodel"),
     "train-base": _module("train-base"),
     "stage1": _module("stage1"),
     "experiment": _module("experiment"),
@@ -237,6 +262,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "cancel": cancel,
     "report": report,
     "export": export,
+    "import": import_bundle,
     "demo": demo,
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +9,7 @@ from typing import Annotated, Any
 import anyio
 import structlog
 from fastapi import Body, FastAPI, Header, Query, Request, Response
+from fastapi import Path as InPath
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse
 from pydantic import ValidationError
 from sse_starlette import EventSourceResponse
@@ -22,6 +22,7 @@ from services.gateway.guard import Guard
 from services.gateway.problems import ProblemDetails, ProblemError, from_validation, invalid
 from services.gateway.requests import (
     EXAMPLES,
+    NAMESPACE,
     EvaluateRequest,
     ImagineRequest,
     JobAccepted,
@@ -48,6 +49,8 @@ TYPES = {
     "hdf5": "application/x-hdf5",
     "txt": "text/plain; charset=utf-8",
 }
+MOST_BUNDLE_BYTES = 256 * 1024 * 1024
+BUNDLE_FORM = {"type": "object", "required": ["file"], "properties": {"file": {"type": "string", "format": "binary"}}}
 RolloutBody = Annotated[RolloutRequest, Body(openapi_examples=EXAMPLES["rollout"])]
 ImagineBody = Annotated[ImagineRequest, Body(openapi_examples=EXAMPLES["imagine"])]
 PosttrainBody = Annotated[PosttrainRequest, Body(openapi_examples=EXAMPLES["posttrain"])]
@@ -75,6 +78,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     add_pages(app, doors)
     add_segment(app, doors)
     add_jobs(app, doors)
+    add_policies(app, doors)
     add_reading(app, doors)
     app.add_middleware(Guard, settings=settings)
     return app
@@ -94,14 +98,18 @@ def add_pages(app: FastAPI, doors: Doors) -> None:
     @app.get("/readyz", tags=["state"])
     def readyz() -> JSONResponse:
         """503 without Redis or artifacts; else 200: `missing` names services that some requests need and that do not answer."""
-        failed, missing = run_checks(doors.checks()), run_checks(doors.others())
+        failed, missing = run_checks(doors.checks()), run_checks(doors.others()) | doors.silent()
         status = "not ready" if failed else "degraded" if missing else "ready"
         return JSONResponse({"status": status, "missing": failed | missing}, 503 if failed else 200)
 
     @app.get("/status", tags=["state"])
     def status() -> dict[str, Any]:
         """Seconds since each worker's heartbeat, unfinished entries of each queue, services that do not answer."""
-        return {"missing": run_checks(doors.others()), "heartbeats": doors.heartbeats(), "backlogs": doors.backlogs()}
+        return {
+            "missing": run_checks(doors.others()) | doors.silent(),
+            "heartbeats": doors.heartbeats(),
+            "backlogs": doors.backlogs(),
+        }
 
     @app.get("/", include_in_schema=False)
     def viewer() -> HTMLResponse:
@@ -136,8 +144,9 @@ def add_segment(app: FastAPI, doors: Doors) -> None:
         responses={200: {"description": "skills"}, 202: {"model": JobAccepted, "description": "slower than W2A_SEGMENT_WAIT_S"}},
     )
     async def segment(request: Request) -> Response:
-        """Cut an episode into skills: an uploaded HDF5 file (multipart field `file`), a file of the data folder (`episode`),
-        gripper widths with an instruction, or an instruction alone (skills only)."""
+        """Cut demonstrations into skills: an uploaded HDF5 file (multipart field `file`; ours, LIBERO's or RoboCasa's), a file or
+        data set of the data folder (`episode`; also LeRobot's and the authors' clips), gripper widths with an instruction, or an
+        instruction alone (skills only)."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind == "multipart/form-data":
             task = await _from_upload(request, doors)
@@ -155,7 +164,9 @@ def add_segment(app: FastAPI, doors: Doors) -> None:
             await anyio.sleep(pause)
             pause = min(pause * 1.5, 0.25)
         job = await run_in_threadpool(
-            lambda: doors.jobs.create("segment", {"celery_id": celery_id, "episode": task.get("episode_uri")}, queue=False)
+            lambda: doors.jobs.create(
+                "segment", {"celery_id": celery_id, "episode": task.get("episode_uri") or task.get("episode_path")}, queue=False
+            )
         )
         return JSONResponse(JobAccepted.of(job).model_dump(), 202, {"Location": f"/jobs/{job.id}"})
 
@@ -167,8 +178,8 @@ def add_segment(app: FastAPI, doors: Doors) -> None:
         task = asked.model_dump(exclude_none=True, exclude={"episode", "frames"})
         if asked.episode is None:
             return task
-        path = await run_in_threadpool(uploads.locate, doors.settings, asked.episode)
-        return task | {"episode_uri": await run_in_threadpool(_store, doors, path, asked.demo, "episode"), "demo": asked.demo}
+        stamp = await run_in_threadpool(uploads.stamp, doors.settings, asked.episode)
+        return task | {"episode_path": asked.episode, "episode_stamp": stamp, "demo": asked.demo}
 
 
 async def _from_upload(request: Request, doors: Doors) -> dict[str, Any]:
@@ -188,22 +199,14 @@ async def _from_upload(request: Request, doors: Doors) -> dict[str, Any]:
         except ValidationError as error:
             raise from_validation(error.errors(include_url=False)) from None
 
-        def copy() -> str:
-            with tempfile.NamedTemporaryFile(suffix=".hdf5") as target:
-                while piece := file.file.read(1024 * 1024):
-                    target.write(piece)
-                target.flush()
-                return _store(doors, Path(target.name), asked.demo, "file")
+        def store() -> str:
+            uploads.check_episode(file.file, asked.demo)
+            file.file.seek(0)
+            return doors.artifacts.put_file(file.file, "hdf5")
 
-        name = await run_in_threadpool(copy)
+        name = await run_in_threadpool(store)
     task = asked.model_dump(exclude_none=True, exclude={"episode"})
     return task | {"episode_uri": name, "demo": asked.demo}
-
-
-def _store(doors: Doors, path: Path, demo: str | None, field: str) -> str:
-    """Check an episode file and make it an artifact; returns its name."""
-    uploads.check_episode(path, demo, field)
-    return doors.artifacts.put(path.read_bytes(), "hdf5")
 
 
 # -- jobs --------------------------------------------------------------------------------------------------------------
@@ -258,11 +261,54 @@ def add_jobs(app: FastAPI, doors: Doors) -> None:
         return accept("stage1", asked.params(), response)
 
 
+# -- policies ----------------------------------------------------------------------------------------------------------
+
+
+def add_policies(app: FastAPI, doors: Doors) -> None:
+    """Published versions, and the import of a bundle as one."""
+
+    @app.get("/policies/{namespace}", tags=["jobs"])
+    def policies(namespace: str) -> list[PolicyVersion]:
+        """Published residual versions of a namespace (a post-training job's id), oldest first."""
+        found: dict[int, PolicyVersion] = {}
+        after = "0"
+        while batch := list(read_all(doors.redis, POLICY_VERSIONS, PolicyVersion, after)):
+            found |= {version.version: version for _, version in batch if version.namespace == namespace}
+            after = batch[-1][0]
+        return [found[v] for v in sorted(found)]
+
+    @app.post(
+        "/policies/{namespace}",
+        status_code=201,
+        tags=["work"],
+        openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": BUNDLE_FORM}}}},
+        responses={409: {"model": ProblemDetails, "description": problems.TITLES[409], "content": {problems.MEDIA_TYPE: {}}}},
+    )
+    async def import_policy(namespace: Annotated[str, InPath(pattern=NAMESPACE)], request: Request) -> PolicyVersion:
+        """Import a residual bundle (multipart field `file`) as the namespace's next version; the same bundle is the same version.
+
+        The policy server checks it: damage, base policy, world model, adapters, statistics, limits, bound, signature."""
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "multipart/form-data":
+            raise ProblemError(415, "Content-Type: must be multipart/form-data with the bundle as field file")
+        await run_in_threadpool(doors.redis.ping)
+        await run_in_threadpool(doors.need, "vla")
+        async with request.form(max_files=1, max_fields=1) as form:
+            file = form.get("file")
+            if not isinstance(file, UploadFile) or len(form) != 1:
+                raise invalid("file", "must be the form's one field: the bundle, a safetensors file")
+            if (file.size or 0) > MOST_BUNDLE_BYTES:
+                raise ProblemError(413, f"file: a bundle has at most {MOST_BUNDLE_BYTES} bytes")
+            content = await file.read()
+        uploads.check_bundle(content)
+        name = await run_in_threadpool(doors.artifacts.put, content, "safetensors")
+        return await run_in_threadpool(doors.import_policy, namespace, name)
+
+
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
 def add_reading(app: FastAPI, doors: Doors) -> None:
-    """Jobs, their events, artifacts, policy versions."""
+    """Jobs, their events, artifacts."""
 
     def known(job: str) -> Job:
         found = doors.jobs.get(job)
@@ -297,16 +343,6 @@ def add_reading(app: FastAPI, doors: Doors) -> None:
         if found.kind == "segment":
             doors.celery.backend.forget(str(found.params.get("celery_id", "")))
         return doors.jobs.cancel(job_id)
-
-    @app.get("/policies/{namespace}", tags=["jobs"])
-    def policies(namespace: str) -> list[PolicyVersion]:
-        """Published residual versions of a namespace (a post-training job's id), oldest first."""
-        found: dict[int, PolicyVersion] = {}
-        after = "0"
-        while batch := list(read_all(doors.redis, POLICY_VERSIONS, PolicyVersion, after)):
-            found |= {version.version: version for _, version in batch if version.namespace == namespace}
-            after = batch[-1][0]
-        return [found[v] for v in sorted(found)]
 
     @app.get("/artifacts/{name}", tags=["jobs"], responses={200: {"content": {"application/octet-stream": {}}}})
     def artifact(name: str) -> Response:

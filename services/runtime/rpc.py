@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import socket
 from collections.abc import Callable
 from concurrent import futures
 from typing import Any, NoReturn, TypeVar
@@ -77,6 +78,24 @@ def start_server(
 def connect_channel(address: str) -> grpc.Channel:
     """A channel to a door of ours."""
     return grpc.insecure_channel(address, options=OPTIONS)
+
+
+def replicas(addresses: list[str]) -> list[str]:
+    """Every host:port with its name replaced by all addresses that the name has now: a door with several replicas behind one
+    name (Compose, a headless Kubernetes Service). A name that is not known stays, so that calling it says so.
+    """
+    found: dict[str, None] = {}  # in order, without doubles
+    for address in addresses:
+        host, _, port = address.rpartition(":")
+        try:
+            infos = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
+        except OSError:
+            found[address] = None
+            continue
+        numbers = sorted(str(info[4][0]) for info in infos if info[0] == socket.AF_INET)
+        numbers = numbers or sorted(f"[{info[4][0]}]" for info in infos)
+        found.update(dict.fromkeys(f"{number}:{port}" for number in numbers))
+    return list(found)
 
 
 def healthy(address: str, timeout: float = 2.0) -> bool:

@@ -6,9 +6,10 @@ Sources, strongest first: constructor arguments (flags), environment variables `
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -24,7 +25,7 @@ class CommonSettings(BaseSettings):
     host: str = Field("127.0.0.1", description="address that doors bind")
     log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR")
     log_json: bool = Field(False, description="log one JSON object a line")
-    instance: str = Field("0", description="name of this replica, part of consumer and heartbeat names")
+    instance: str = Field("0", description="name of this replica, part of consumer and heartbeat names; empty: the host's name")
     torch_threads: int = Field(1, ge=1, description="CPU threads for torch")
     gateway_port: int = 8080
     triton_http_port: int = 8000
@@ -33,9 +34,16 @@ class CommonSettings(BaseSettings):
     vla_port: int = 50051
     simulator_port: int = 50061
     vla_address: str = Field("", description="policy door; empty: host:vla_port")
-    simulator_addresses: str = Field("", description="simulator doors, comma separated; empty: host:simulator_port")
+    simulator_addresses: str = Field(
+        "", description="simulator doors, comma separated, a name stands for all its replicas; empty: host:simulator_port"
+    )
     triton_address: str = Field("", description="Triton gRPC; empty: host:triton_grpc_port")
     metrics_port: int = Field(0, description="/metrics, /healthz and /readyz; 0: the service's default (9100 and up)")
+
+    @field_validator("instance")
+    @classmethod
+    def _own_name(cls, value: str) -> str:
+        return value or socket.gethostname()
 
     def vla(self) -> str:
         return self.vla_address or f"{self.host}:{self.vla_port}"

@@ -18,7 +18,7 @@ from services.runtime.generated.simulator_pb2 import CloseRequest
 from services.runtime.generated.simulator_pb2_grpc import SimulatorStub
 from services.runtime.jobs import ENDED, JobStore
 from services.runtime.messages import ROLLOUT_REQUESTS, ImagineRequest, RolloutRequest, RolloutResult
-from services.runtime.rpc import connect_channel, healthy
+from services.runtime.rpc import connect_channel, healthy, replicas
 from services.runtime.streams import backlog, connect
 from services.runtime.telemetry import Check, redis_check, serve_health, start_heartbeat
 from services.trainer import metrics
@@ -87,6 +87,8 @@ class Coordinator:
         if self.ledger.finished(request.job, request.id):
             return
         structlog.contextvars.bind_contextvars(job=request.job, episode=request.id)
+        for outcome in metrics.OUTCOMES:  # at 0 before it counts: rate() does not see the first step of a counter that appears
+            metrics.EPISODES.labels(request.task[:40], request.split[:20], outcome)
         imagine: ImagineRequest | None = None
         try:
             started, recorded = self._execute(request, worker)
@@ -106,9 +108,8 @@ class Coordinator:
         except ValueError as error:
             result = failed(request, str(error))
         self.ledger.finish(result, imagine)
-        metrics.EPISODES.labels(
-            request.task[:40], "error" if result.error else "success" if result.success else "no success"
-        ).inc()
+        outcome = "error" if result.error else "success" if result.success else "no success"
+        metrics.EPISODES.labels(request.task[:40], request.split[:20], outcome).inc()
         metrics.CHUNKS.inc(result.chunks)
         if result.error:
             log.warning("episode failed", task=request.task, error=result.error[:300])
@@ -143,7 +144,7 @@ class Coordinator:
 
     def _attempt(self, request: RolloutRequest, version: int, turn: int) -> Recorded:
         # Channels live for one attempt: a channel to a door that died waits ever longer before it connects again.
-        addresses = self.settings.simulators()
+        addresses = replicas(self.settings.simulators())  # asked for each attempt: replicas come and go
         with connect_channel(addresses[turn % len(addresses)]) as sim, connect_channel(self.settings.vla()) as vla:
             lease = Lease(self.client, self.leases, addresses[turn % len(addresses)])
             simulator, policy = Simulator(sim, lease.taken), Policy(vla, self.ledger.artifact)
@@ -191,7 +192,11 @@ def checks(settings: TrainerSettings, client: redis.Redis) -> dict[str, Check]:
     """Readiness: Redis, every simulator, the policy."""
 
     def door(address: str) -> Check:
-        return lambda: None if healthy(address) else f"no healthy server at {address}"
+        def check() -> str | None:
+            sick = [replica for replica in replicas([address]) if not healthy(replica)]
+            return f"no healthy server at {', '.join(sick)}" if sick else None
+
+        return check
 
     simulators = {f"simulator {a}": door(a) for a in settings.simulators()}
     return {"redis": redis_check(client), "vla": door(settings.vla()), **simulators}

@@ -77,6 +77,10 @@ class PolicyServicer(policy_pb2_grpc.PolicyServicer):
             chunk=spec.chunk,
             versions=[0, *self.versions.loaded(DEFAULT_NAMESPACE)],
             max_batch=self.max_batch,
+            horizon=spec.horizon,
+            action_low=spec.low,
+            action_high=spec.high,
+            cells=spec.cameras.values(),
         )
 
     @door
@@ -116,7 +120,8 @@ class PolicyServicer(policy_pb2_grpc.PolicyServicer):
             except (ArtifactError, ValueError) as error:
                 raise RpcError(grpc.StatusCode.DATA_LOSS, str(error)) from None
             versions = self.versions.add(namespace, residual)
-        log.info("residual loaded", namespace=namespace, version=request.version, uri=request.uri)
+        signer = residual.bundle.signed_by or "nobody"
+        log.info("residual loaded", namespace=namespace, version=request.version, uri=request.uri, signed_by=signer)
         return policy_pb2.LoadReply(versions=versions)
 
 

@@ -1,9 +1,10 @@
-"""Starts the real tritonserver (the binary in the nvidia-pytriton wheel) on services/worldmodel/model_repository.
+"""Starts the real tritonserver on services/worldmodel/model_repository.
 
-The same repository runs in NVIDIA's container; here the wheel's files are linked into `<run_dir>/triton` in the layout that
-the server expects. The launcher stays as tritonserver's parent, because tritonserver goes on calling itself ready when one of
-its Python backend processes has died, while it answers every request with an error: the launcher then stops it and exits, so
-that whoever started it (the CLI, a container runtime) starts it afresh. Kill -9 of the launcher takes tritonserver with it.
+In NVIDIA's container W2A_TRITON_ROOT names the server's folder; elsewhere the binary comes from the nvidia-pytriton wheel,
+whose files are linked into `<run_dir>/triton` in the layout that the server expects. The launcher stays as tritonserver's parent,
+because tritonserver goes on calling itself ready when one of its Python backend processes has died, while it answers every
+request with an error: the launcher then stops it and exits, so that whoever started it (the CLI, a container runtime) starts it
+afresh. Kill -9 of the launcher takes tritonserver with it.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def _wheel() -> Path:
     """site-packages with the nvidia-pytriton wheel in it. (Found without importing pytriton, which is slow.)"""
     spec = importlib.util.find_spec("pytriton")
     if spec is None or not spec.submodule_search_locations:
-        raise TritonError("triton: the nvidia-pytriton wheel is not installed: pip install 'world2act[worldmodel]'")
+        raise TritonError("triton: the nvidia-pytriton wheel is not installed: pip install 'world2act[triton-server]'")
     return Path(next(iter(spec.submodule_search_locations))).parent
 
 
@@ -96,7 +97,8 @@ def check_ports(settings: WorldModelSettings) -> None:
 
 def check_weights(settings: WorldModelSettings) -> None:
     """Raise TritonError when a weights file is missing: clearer than the failed load that would follow."""
-    for name in ("worldmodel.safetensors", "adapters.safetensors"):
+    own = settings.backbone == "small" and not settings.backbone_model
+    for name in ("worldmodel.safetensors", "adapters.safetensors")[not own :]:
         if not (settings.zoo / name).is_file():
             raise TritonError(
                 f"triton: {settings.zoo / name} is missing; W2A_ZOO names the folder of the weights (make zoo builds it)"
@@ -143,7 +145,9 @@ def command(settings: WorldModelSettings, folder: Path) -> list[str]:
 def environment(settings: WorldModelSettings) -> dict[str, str]:
     """The server's environment: our packages, libpython and the wheel's libraries are found; our settings reach the models."""
     env = dict(os.environ)
-    libraries = [str(sysconfig.get_config_var("LIBDIR")), str(_wheel() / "nvidia_pytriton.libs")]
+    libraries = [str(sysconfig.get_config_var("LIBDIR"))]
+    if settings.triton_root is None:
+        libraries.append(str(_wheel() / "nvidia_pytriton.libs"))
     env["LD_LIBRARY_PATH"] = os.pathsep.join([*libraries, *filter(None, [env.get("LD_LIBRARY_PATH")])])
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *(p for p in sys.path if p.endswith(("site-packages", "dist-packages")))])
     # The stub's embedded interpreter takes its prefix from the first python3 on PATH: it must be this environment's.
@@ -159,7 +163,7 @@ def prepare(settings: WorldModelSettings) -> tuple[list[str], dict[str, str]]:
     check_ports(settings)
     check_weights(settings)
     remove_dead_regions(settings)
-    return command(settings, build_run_folder(settings.run_dir)), environment(settings)
+    return command(settings, settings.triton_root or build_run_folder(settings.run_dir)), environment(settings)
 
 
 def _die_with_parent() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
+import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -92,7 +94,7 @@ BAD_SEGMENTS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"instruction": "open it", "gripper_width_m": [0.1] * 3, "commanded_width_m": [0.1]}, ("commanded_width_m", "3")),
     ({"instruction": "open it", "gripper_width_m": "wide"}, ("gripper_width_m", "array")),
     ({"instruction": "open it", "demo": "demo_0"}, ("demo", "episode")),
-    ({"episode": "a.hdf5", "demo": "../x"}, ("demo", "pattern")),
+    ({"episode": "a.hdf5", "demo": "a\nb"}, ("demo", "pattern")),
     ({"instruction": "open it", "colour": "red"}, ("colour",)),
 ]
 
@@ -107,7 +109,9 @@ def test_nan_and_broken_json_are_422(client: TestClient) -> None:
     headers = {"content-type": "application/json"}
     body = b'{"instruction": "open it", "gripper_width_m": [0.1, NaN]}'
     problem(client.post("/segment", content=body, headers=headers), 422, "gripper_width_m", "finite")
-    problem(client.post("/segment", content=b'{"instruction"', headers=headers), 422, "JSON")
+    for path in ("/segment", "/rollout"):
+        found = problem(client.post(path, content=b'{"task":', headers=headers), 422, "body: is not JSON (")
+        assert found["errors"][0]["field"] == "body"
     problem(client.post("/segment", content=b"open it", headers={"content-type": "text/plain"}), 415, "Content-Type")
 
 
@@ -182,18 +186,31 @@ def test_episodes_that_refer_to_other_files_are_refused(client: TestClient, tmp_
     refused(bomb, "expands")
 
 
-def test_episode_paths_stay_in_the_data_folder(client: TestClient, data: Path) -> None:
+def test_episode_paths_stay_in_the_data_folder(client: TestClient, data: Path, valkey: redis.Redis) -> None:
     write_episode(data.parent / "outside.hdf5")
     write_episode(data / "inside.hdf5")
     (data / "link.hdf5").symlink_to(data.parent / "outside.hdf5")
     assert client.post("/segment", json={"episode": "inside.hdf5"}).status_code == 202
+    (data / "set/meta").mkdir(parents=True)
+    (data / "set/meta/info.json").write_text("{}")
+    assert client.post("/segment", json={"episode": "set", "demo": "episode_000003"}).status_code == 202
+    message = json.loads(str(valkey.lindex("segment", 0)))
+    request = json.loads(base64.b64decode(message["body"]))[1]["request"]
+    before = request.pop("episode_stamp")
+    assert request == {"episode_path": "set", "demo": "episode_000003"}, "by its place: nothing is copied"
+    (data / "set/meta/info.json").write_text('{"fps": 20}')
+    assert client.post("/segment", json={"episode": "set"}).status_code == 202
+    message = json.loads(str(valkey.lindex("segment", 0)))
+    assert json.loads(base64.b64decode(message["body"]))[1]["request"]["episode_stamp"] != before, (
+        "changed data is another request"
+    )
     for path in ("../outside.hdf5", str(data.parent / "outside.hdf5"), "link.hdf5", "a/../../outside.hdf5"):
         problem(client.post("/segment", json={"episode": path}), 400, "episode", "outside")
     problem(client.post("/segment", json={"episode": "a\x00b"}), 400, "episode")
     problem(client.post("/segment", json={"episode": "missing.hdf5"}), 404, "episode")
     problem(client.post("/stage1", json={"demos": "../.."}), 400, "demos", "outside")
     write_episode(data / "large.hdf5", noise=300_000)
-    problem(client.post("/segment", json={"episode": "large.hdf5"}), 413, "200000")
+    assert client.post("/segment", json={"episode": "large.hdf5"}).status_code == 202, "the limit is of uploads"
 
 
 def test_bodies_over_the_limit_are_413(client: TestClient) -> None:
@@ -282,7 +299,9 @@ def test_both_checks_know_the_same_fields() -> None:
         ("simulator", "/imagine", {"task": "reach"}),
     ],
 )
-def test_a_door_that_is_down_is_named(client: TestClient, monkeypatch: Any, door: str, path: str, body: dict[str, Any]) -> None:
+def test_a_door_that_is_down_is_named(
+    client: TestClient, valkey: redis.Redis, monkeypatch: Any, door: str, path: str, body: dict[str, Any]
+) -> None:
     def no_simulator(self: Doors) -> list[str]:
         raise ProblemError(503, "simulator at nowhere does not answer", service="simulator")
 
@@ -290,11 +309,29 @@ def test_a_door_that_is_down_is_named(client: TestClient, monkeypatch: Any, door
         monkeypatch.setattr(Doors, "describe_tasks", no_simulator)
     else:
         monkeypatch.setattr(Doors, f"{door}_missing", lambda self: "at nowhere does not answer")
+    beat(valkey)
     reply = client.post(path, json=body)
     assert problem(reply, 503, door)["service"] == door and reply.headers["retry-after"]
     ready = client.get("/readyz")
     assert ready.status_code == 200 and list(ready.json()["missing"]) == [door]
     monkeypatch.undo()
+
+
+def beat(client: redis.Redis, seconds_ago: float = 0.0, *workers: str) -> None:
+    """Heartbeats as the workers write them."""
+    for worker in workers or ("segmenter", "worldmodel", "rollout", "trainer"):
+        client.set(f"w2a:heartbeat:{worker}:0", f"{time.time() - seconds_ago:.3f}")
+
+
+def test_a_silent_worker_is_named(client: TestClient, valkey: redis.Redis) -> None:
+    beat(valkey, 0.0, "worldmodel", "rollout")
+    beat(valkey, 40.0, "segmenter", "rollout")
+    valkey.set("w2a:heartbeat:rollout:1", f"{time.time():.3f}")  # another replica lives
+    ready = client.get("/readyz")
+    assert ready.status_code == 200 and ready.json()["status"] == "degraded"
+    missing = ready.json()["missing"]
+    assert set(missing) == {"segmenter", "trainer"} == set(client.get("/status").json()["missing"])
+    assert missing["segmenter"].startswith("gave its last heartbeat 40") and missing["trainer"] == "has never given a heartbeat"
 
 
 def test_jobs_are_listed_and_cancelled(client: TestClient) -> None:
@@ -350,6 +387,17 @@ def test_policy_versions_of_a_namespace(client: TestClient, valkey: redis.Redis)
     assert client.get("/policies/none").json() == []
 
 
+def test_imports_that_are_no_bundles_are_refused_before_they_are_stored(client: TestClient, app: FastAPI) -> None:
+    stored = sorted(Path(app.state.doors.artifacts.root).rglob("*.safetensors"))
+    for data in (b"", b"hello", (10**9).to_bytes(8, "little") + b"{}", (2).to_bytes(8, "little") + b"[]"):
+        problem(client.post("/policies/default", files={"file": data}), 422, "file: is not a safetensors file, or is truncated")
+    problem(client.post("/policies/default", files={"other": b"x"}), 422, "file: must be the form's one field")
+    problem(client.post("/policies/default", json={}), 415, "multipart/form-data")
+    problem(client.post("/policies/a b", files={"file": b"x"}), 422, "namespace")
+    problem(client.post("/policies/default", files={"file": b"x" * 300_000}), 413, "200000")
+    assert sorted(Path(app.state.doors.artifacts.root).rglob("*.safetensors")) == stored
+
+
 def test_token_guards_everything_but_health(valkey_server: ValkeyProcess, tmp_path: Path) -> None:
     (tmp_path / "token").write_text("s3cret\n")
     for changes in ({"gateway_token": "s3cret"}, {"gateway_token_file": tmp_path / "token"}):
@@ -373,6 +421,25 @@ def test_public_hosts_need_a_token() -> None:
     with pytest.raises(ValueError, match=r"192\.168\.0\.1 is not a loopback"):
         GatewaySettings(host="192.168.0.1").check_host()
     GatewaySettings(host="192.168.0.1", gateway_token="x").check_host()
+
+
+def test_a_token_file_is_written_where_asked(tmp_path: Path) -> None:
+    path = tmp_path / "token"
+    settings = GatewaySettings(host="192.168.0.1", gateway_token_file=path, gateway_token_create=True)
+    made = settings.token()
+    assert len(made) >= 24 and path.read_text().strip() == made and stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert settings.token() == made, "kept over restarts"
+    given = GatewaySettings(gateway_token_file=path, gateway_token_create=True, gateway_token="s3cret")
+    assert given.token() == "s3cret" == path.read_text().strip(), "clients that read the file get the token that was given"
+    for changes in (
+        {"gateway_token_file": tmp_path / "no" / "token", "gateway_token_create": True},
+        {"gateway_token_file": tmp_path},
+    ):
+        with pytest.raises(ValueError, match="gateway_token_file: cannot read"):
+            GatewaySettings(**changes).token()
+    with pytest.raises(ValueError, match="gateway_token_file: cannot read"):
+        GatewaySettings(gateway_token_file=tmp_path / "other").token()
+    assert [p.name for p in tmp_path.iterdir()] == ["token"]
 
 
 def test_openapi_has_examples_that_are_valid(client: TestClient) -> None:

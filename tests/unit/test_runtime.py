@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 import urllib.error
@@ -16,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from services.runtime import rpc
 from services.runtime.artifacts import ArtifactError, ArtifactStore, content_key
 from services.runtime.generated.tensor_pb2 import Tensor
 from services.runtime.jobs import JobStore
@@ -190,3 +192,20 @@ def test_health_readiness_and_heartbeat(valkey: redis.Redis) -> None:
         time.sleep(0.02)
     stop.set()
     assert heartbeats(valkey)["vla:0"] < 5
+
+
+def test_a_name_stands_for_all_its_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
+    def known(host: str, port: str, **_: object) -> list[tuple[object, ...]]:
+        if host == "gone":
+            raise socket.gaierror("Name or service not known")
+        numbers = {"simulator": ["10.0.0.9", "10.0.0.7"], "six": ["fd00::7"]}.get(host, [host])
+        kinds = [socket.AF_INET6 if ":" in number else socket.AF_INET for number in numbers]
+        return [(kind, socket.SOCK_STREAM, 6, "", (number, int(port))) for kind, number in zip(kinds, numbers, strict=True)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", known)
+    found = rpc.replicas(["simulator:50061", "10.0.0.7:50061", "gone:1", "six:2"])
+    assert found == ["10.0.0.7:50061", "10.0.0.9:50061", "gone:1", "[fd00::7]:2"]
+
+
+def test_an_empty_instance_is_the_hosts_name() -> None:
+    assert CommonSettings(instance="").instance == socket.gethostname() and CommonSettings().instance == "0"
