@@ -1,20 +1,21 @@
-"""Skill segmentation on one core: episodes/s of 81 frames, against a frame-by-frame loop; the online skill; a demonstration file.
+"""Skill segmentation on one core: episodes/s of 81 frames, against a frame-by-frame loop; the online skill; whole files, MB/s.
 
 `python -m bench.segmentation` prints the rows.
 """
 
 from __future__ import annotations
 
-import io
 import json
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import h5py
 import numpy as np
 import numpy.typing as npt
 
-from services.segmenter.episodes import read_widths
+from services.segmenter.episodes import calibration_of, open_episodes
 from world2act.segmentation import (
     OnlineSkill,
     RuleBasedPlanner,
@@ -22,6 +23,7 @@ from world2act.segmentation import (
     contact_events,
     default_planner,
     load_schemas,
+    segment_episode,
     segment_series,
 )
 
@@ -66,24 +68,61 @@ def rate(work: Callable[[], int], seconds: float = 0.5) -> float:
     return best
 
 
-def demonstration_file(series: list[npt.NDArray[np.float64]]) -> bytes:
-    """A demonstration file of widths only."""
-    buffer = io.BytesIO()
-    with h5py.File(buffer, "w") as file:
+def demonstration_file(path: Path, series: list[npt.NDArray[np.float64]], size: int = 64) -> None:
+    """LIBERO's layout: two uncompressed cameras of size x size pixels, one demonstration for each series."""
+    with h5py.File(path, "w") as file:
         data = file.create_group("data")
-        data.attrs["env_args"] = json.dumps({"gripper_open_width": HAND.open_width_m})
+        data.attrs["problem_info"] = json.dumps({"language_instruction": LIBERO})
+        data.attrs["bddl_file_name"] = f"{LIBERO_NAME}.bddl"
+        noise = np.random.default_rng(0).integers(0, 256, (FRAMES, size, size, 3), np.uint8)
         for i, w in enumerate(series):
             demo = data.create_group(f"demo_{i}")
-            demo.attrs.update({"task": "pick-place", "instruction": INSTRUCTION})
-            demo["actions"] = np.zeros((len(w) - 1, 4), np.float32)
-            demo["obs/gripper_width"], demo["final_obs/gripper_width"] = w[:-1], w[-1]
-    return buffer.getvalue()
+            actions = np.zeros((len(w), 7))
+            actions[:, 6] = np.where(np.gradient(w) < 0, 1.0, -1.0)
+            demo["actions"], demo["obs/ee_states"] = actions, np.zeros((len(w), 6))
+            demo["obs/gripper_states"] = np.stack([w / 2, -w / 2], axis=1)
+            demo["obs/agentview_rgb"] = demo["obs/eye_in_hand_rgb"] = noise
+
+
+def files(series: list[npt.NDArray[np.float64]]) -> list[dict[str, object]]:
+    """Read and cut a file of demonstrations, with and without its images, against reading its bytes. MB of the file a second."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "libero_demo.hdf5"
+        demonstration_file(path, series)
+        megabytes = path.stat().st_size / 1e6
+        source = open_episodes(path)
+
+        def cut(images: bool) -> int:
+            for key in source.keys():  # noqa: SIM118
+                episode = source.read(key, images=images)
+                segment_episode(episode, calibration=calibration_of(source, episode, None))
+            return 1
+
+        alone = megabytes * rate(lambda: len(path.read_bytes()) and 1)
+        rows = [("read and cut a file, images too", True), ("read and cut a file, without images", False)]
+        done = {name: rate(lambda images=images: cut(images)) for name, images in rows}  # type: ignore[misc]
+        return [
+            {
+                "name": "read a file's bytes",
+                "value": alone,
+                "unit": "MB/s",
+                "ratio": f"{megabytes:.0f} MB, {len(series)} demonstrations",
+            },
+            *(
+                {
+                    "name": name,
+                    "value": megabytes * value,
+                    "unit": "MB/s",
+                    "ratio": f"{megabytes * value / alone:.2f} of reading its bytes; {len(series) * value:,.0f} episodes/s",
+                }
+                for name, value in done.items()
+            ),
+        ]
 
 
 def run() -> list[dict[str, object]]:
     """Rows {name, value, unit, ratio}."""
     series = widths(200)
-    file = demonstration_file(series)
     assert all(segment_series(w, INSTRUCTION).discarded is None for w in series)
 
     def segment() -> int:
@@ -120,11 +159,6 @@ def run() -> list[dict[str, object]]:
             segment_series(w, LIBERO, task=LIBERO_NAME, calibration=panda, commanded=commanded)
         return len(libero)
 
-    def from_file() -> int:
-        for found in read_widths(file, None, len(series)):
-            segment_series(found.widths, found.instruction, task=found.task, frames=found.frames)
-        return len(series)
-
     whole, vectorised, plain = rate(segment), rate(events), rate(loop)
     return [
         {"name": f"segment an episode of {FRAMES} frames", "value": whole, "unit": "episodes/s", "ratio": ""},
@@ -137,12 +171,7 @@ def run() -> list[dict[str, object]]:
         {"name": "the same in LIBERO, with commands", "value": rate(wide), "unit": "episodes/s", "ratio": ""},
         {"name": "online skill, one width", "value": rate(online), "unit": "updates/s", "ratio": ""},
         {"name": "plan an instruction not seen before", "value": rate(plan), "unit": "plans/s", "ratio": ""},
-        {
-            "name": "read widths from HDF5 and segment",
-            "value": (from_disk := rate(from_file)),
-            "unit": "episodes/s",
-            "ratio": f"{from_disk / whole:.2f} of memory",
-        },
+        *files([np.minimum(w, panda.open_width_m) for w in series[:50]]),
     ]
 
 

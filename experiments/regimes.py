@@ -35,7 +35,7 @@ from world2act.types import Clip, Episode, M, Skill
 
 Kind = Literal["shipped", "video-rich", "matched"]
 
-PLAY_EPISODES = 20
+PLAY_EPISODES = 40
 """Own rollouts a task that Stage 1 of the video-rich regime learns from."""
 PLAY_NOISE = 0.6
 PLAY_SEED = 99

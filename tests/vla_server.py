@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
@@ -14,10 +16,16 @@ import numpy as np
 import torch
 
 from services.runtime.artifacts import ArtifactStore
-from services.runtime.generated import policy_pb2
+from services.runtime.generated import policy_pb2, policy_pb2_grpc
 from services.runtime.generated.policy_pb2_grpc import PolicyStub
-from services.runtime.rpc import connect_channel, healthy
+from services.runtime.rpc import connect_channel, healthy, start_server
 from services.runtime.tensors import from_tensor, to_tensor
+from services.vla.__main__ import load_engine
+from services.vla.batcher import Batcher
+from services.vla.engine import ActJob, Chunks
+from services.vla.service import PolicyServicer
+from services.vla.settings import VlaSettings
+from services.vla.versions import Versions
 from tests.processes import free_port, wait_for
 from world2act.bundle import ActionLayout, Bundle, Origin
 from world2act.models.adapters import Adapters, AdapterSettings
@@ -139,3 +147,17 @@ def failure(call: object) -> tuple[grpc.StatusCode, str]:
     except grpc.RpcError as error:
         return error.code(), error.details()
     raise AssertionError("no error was raised")
+
+
+@contextmanager
+def serving_tiny(folder: Path) -> Iterator[str]:
+    """A policy server in this process, on random weights; its address."""
+    make_zoo(folder)
+    settings = VlaSettings(zoo=folder)
+    engine = load_engine(settings)
+    batcher: Batcher[ActJob, Chunks] = Batcher(engine.compute, settings.vla_max_batch, 0.0)
+    servicer = PolicyServicer(engine, batcher, Versions(8, 8), ArtifactStore(f"file://{folder / 'artifacts'}"), 4)
+    server, _, port = start_server(lambda s: policy_pb2_grpc.add_PolicyServicer_to_server(servicer, s), "127.0.0.1:0")
+    yield f"127.0.0.1:{port}"
+    server.stop(1.0).wait()
+    batcher.close()

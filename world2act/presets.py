@@ -132,7 +132,7 @@ class Stage2Settings:
     bound: largest residual, in standard deviations of the actions; 4 lets it turn any action around: what a base does where it
     fails lies two and more from the right action (docs/decisions/012).
     vision: what the residual sees: "latent" (the frame's VAE latent) or "pixels" (METHOD's 256x256 convolutions).
-    instruction: a token of the instruction's words, absent in the paper.
+    instruction: a token of the instruction's words, absent in the paper. width: of the residual's tokens (the paper's: D).
     """
 
     optimiser: Optimiser = field(default_factory=lambda: Optimiser(rate=2e-3))
@@ -148,6 +148,7 @@ class Stage2Settings:
     vision: Vision = "latent"
     instruction: bool = True
     bound: float = 4.0
+    width: int = 128
     tasks_per_step: int = 2
     episodes_per_step: int = 12
     latent_noise: float = 0.15
@@ -203,6 +204,7 @@ STAGE2: dict[Preset, Stage2Settings] = {
         contrastive_weight=1.0,
         vision="pixels",
         bound=1.0,
+        width=32,
         instruction=False,
         tasks_per_step=1,
         episodes_per_step=16,

@@ -46,6 +46,8 @@ class VideoModel(Protocol):
 
     def imagine(self, start: Tensor, prompts: Sequence[str], horizon: int, seeds: Sequence[int]) -> Tensor: ...
 
+    def denoise_once(self, frames: Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor: ...
+
 
 @dataclass(frozen=True)
 class Stage1Data:
@@ -76,10 +78,10 @@ class Stage1Data:
 
     def pairs(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Views aligned by pair: true, predicted (N, K-1, C, h, w), actions (N, K-1, M, A), mask, intended (N, K-1)."""
-        latents = list(range(1, self.true.shape[1]))
-        chunks = [chunk_of_latent(k) for k in latents]
+        chunks = [chunk_of_latent(k) for k in range(1, self.true.shape[1])]
         labels = (self.actions, self.mask, self.intended)
-        return self.true[:, latents], self.predicted[:, latents], *(x[:, chunks] for x in labels)  # type: ignore[return-value]
+        # A slice of the latents: a list of indices would copy all of them at every step, most of a training's time.
+        return self.true[:, 1:], self.predicted[:, 1:], *(x[:, chunks] for x in labels)  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,10 @@ class Batch:
 
 
 @torch.no_grad()
-def build_data(model: VideoModel, clips: Iterable[Clip], horizon: int, seed: int) -> Stage1Data:
+def build_data(model: VideoModel, clips: Iterable[Clip], horizon: int, seed: int, one_step: bool = False) -> Stage1Data:
     """Encode every clip, and let the world model predict each of its latents from a real frame at most `horizon` before it.
+
+    one_step: predicted latents are the noised true ones, denoised in one step (METHOD section 3, the authors' code), instead.
 
     Start frames lie `horizon` chunks apart with a random phase per clip (frame 0 first); horizon 0: frame 0 alone, the whole
     clip. Clips are read one at a time; only latents stay. Raises ValueError when there is none or their sizes differ.
@@ -115,7 +119,11 @@ def build_data(model: VideoModel, clips: Iterable[Clip], horizon: int, seed: int
             )
         true.append(model.encode(torch.from_numpy(clip.frames)[None])[0])
         starts = sorted({0, *range(int(rng.integers(horizon)), n, horizon)}) if horizon else [0]
-        predicted.append(_predict(model, clip, true[-1], starts, seed * 1_000_003 + len(kept) * 1009))
+        draw = seed * 1_000_003 + len(kept) * 1009
+        if one_step:
+            predicted.append(model.denoise_once(torch.from_numpy(clip.frames)[None], [clip.prompt], [draw])[0])
+        else:
+            predicted.append(_predict(model, clip, true[-1], starts, draw))
         kept.append(replace(clip, frames=clip.frames[:0]))
     if not kept:
         raise ValueError("clips: need at least one")

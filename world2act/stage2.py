@@ -257,7 +257,8 @@ class Learner:
         latent_shape: tuple[int, int, int] = (16, 8, 16),
     ) -> None:
         self.adapters, self.settings = adapters, settings
-        residual = ResidualSettings(state_size, latent_shape, settings.vision, settings.instruction, settings.bound)
+        shown = settings.vision, settings.instruction
+        residual = ResidualSettings(state_size, latent_shape, *shown, settings.bound, settings.width)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.policy = ResidualPolicy.from_adapters(residual, adapters)

@@ -36,6 +36,8 @@ def chunk_of_latent(k: int) -> int:
 class Episode:
     """One recorded demonstration.
 
+    cues: what else the source knows of contact, for segmentation: "command" (T+1,), the gripper command of the action that led to
+    each frame, -1 open to +1 close; "hand" (T+1, 3), "object/<name>" (T+1, 3), metres; "force" (T+1, 3) on the hand, newtons.
     images: camera -> uint8 (T+1, H, W, 3), frame t before action t, the last one after the last action; none where a reader
     was asked for none. states: float32 (T+1, S) proprioception; widths: float32 (T+1,) gripper opening in metres, all NaN where
     the source has none; actions: float32 (T, A), A = 0 where it has none. meta: world2act/data/formats.py says what is in it.
@@ -53,6 +55,7 @@ class Episode:
     success: bool
     intended: BoolArray | None = None
     meta: dict[str, str] = field(default_factory=dict)
+    cues: dict[str, FloatArray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

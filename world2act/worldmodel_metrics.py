@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 
 from world2act.data.clips import CutEpisode, LatentBank
 from world2act.models.worldmodel import WorldModel
-from world2act.types import M
+from world2act.types import ImageArray, M, Skill
 
 AHEAD = (1, 4, 8, 12)
 """Latents ahead at which the error is reported."""
@@ -51,28 +51,48 @@ def latent_errors(model: WorldModel, bank: LatentBank, rows: int = 256) -> dict[
     return {f"error_vs_copy_at_{k}": float(predicted[k - 1] / copied[k - 1]) for k in AHEAD if k <= horizon and count[k - 1] > 0}
 
 
+class VideoModel(Protocol):
+    """What the drift needs of a world model: tensors as in world2act.models.worldmodel.WorldModel."""
+
+    def encode(self, frames: torch.Tensor) -> torch.Tensor: ...
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor: ...
+
+    def imagine(self, start: torch.Tensor, prompts: Sequence[str], horizon: int, seeds: Sequence[int]) -> torch.Tensor: ...
+
+
+def two_skills(model: WorldModel, episodes: Sequence[CutEpisode]) -> Iterator[tuple[ImageArray, tuple[Skill, ...], list[str]]]:
+    """For `boundary_drift`: the episodes with two skills, their rows padded to the whole camera grid."""
+    vae = model.config.vae
+    for episode in episodes:
+        if len(episode.skills) >= 2:
+            frames = np.zeros((len(episode.frames), vae.height, vae.width, 3), np.uint8)
+            frames[:, : vae.active_rows] = episode.frames
+            yield frames, episode.skills[:2], [skill.prompt for skill in episode.skills[:2]]
+
+
 @torch.no_grad()
-def boundary_drift(model: WorldModel, episodes: Sequence[CutEpisode]) -> dict[str, float]:
+def boundary_drift(
+    model: VideoModel,
+    episodes: Iterable[tuple[ImageArray, tuple[Skill, ...], list[str]]],
+    longest: int,
+    compression: int = M,
+) -> dict[str, float]:
     """Squared latent error over an episode's second skill, relative to copying that skill's true first frame.
 
-    fresh: imagined from the true first frame; chained: from the last frame that the model imagined for the first skill, as
-    `/rollout` does. Empty when no episode has two skills.
+    episodes: frames (T+1, H, W, 3), two skills, the prompts to ask with. fresh: imagined from the true first frame; chained: from
+    the last frame that the model imagined for the first skill, as `/rollout` does. Empty when no episode has two skills.
     """
-    vae, longest = model.config.vae, model.config.max_horizon
     errors = {"fresh": 0.0, "chained": 0.0, "copied": 0.0}
-    for episode in episodes:
-        if len(episode.skills) < 2:
-            continue
-        first, second = episode.skills[:2]
-        before, after = (min((skill.end - skill.start) // M, longest) for skill in (first, second))
+    for images, (first, second), prompts in episodes:
+        before, after = (min((skill.end - skill.start) // compression, longest) for skill in (first, second))
         if not before or not after:
             continue
-        frames = torch.zeros((len(episode.frames), vae.height, vae.width, 3), dtype=torch.uint8)
-        frames[:, : vae.active_rows] = torch.from_numpy(episode.frames)
-        truth = model.encode(frames[None, second.start : second.start + M * after + 1])[:, 1:]
-        last = model.decode(model.imagine(frames[first.start][None], [first.prompt], before, [0]))[:, -1]
+        frames = torch.from_numpy(images)
+        truth = model.encode(frames[None, second.start : second.start + compression * after + 1])[:, 1:]
+        last = model.decode(model.imagine(frames[first.start][None], prompts[:1], before, [0]))[:, -1]
         for name, start in (("fresh", frames[second.start][None]), ("chained", last)):
-            imagined = model.imagine(start, [second.prompt], after, [0])[:, 1:]
+            imagined = model.imagine(start, prompts[1:], after, [0])[:, 1:]
             errors[name] += (imagined - truth).square().mean((2, 3, 4)).sum().item()
         copied = model.encode(frames[None, second.start : second.start + 1])
         errors["copied"] += (copied - truth).square().mean((2, 3, 4)).sum().item()

@@ -303,7 +303,9 @@ def train_worldmodel(settings: Settings, progress: Progress = no_progress) -> Wo
     model.requires_grad_(False)
     metrics |= worldmodel_metrics.reconstruction(model, held_out.episodes)
     metrics |= worldmodel_metrics.latent_errors(model, held_bank)
-    metrics |= worldmodel_metrics.boundary_drift(model, held_out.episodes)
+    metrics |= worldmodel_metrics.boundary_drift(
+        model, worldmodel_metrics.two_skills(model, held_out.episodes), model.config.max_horizon
+    )
     metrics |= worldmodel_metrics.action_probe(model, bank, held_bank, settings.seed, settings.probe_steps)
     lap("metrics")
     vae_from = settings.vae_from and settings.vae_from.name

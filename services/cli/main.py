@@ -23,9 +23,10 @@ from services.cli.settings import CliSettings
 
 MODULES = {
     "demos": "services.simulator.collect",
-    "train-worldmodel": "world2act.worldmodel_training",
+    "train-worldmodel": "services.worldmodel.training",
+    "evaluate-worldmodel": "services.worldmodel.evaluate",
     "train-base": "world2act.behaviour_cloning",
-    "stage1": "world2act.stage1",
+    "stage1": "services.worldmodel.stage1",
     "experiment": "experiments",
     "results": "experiments.results",
     "diagnose": "experiments.diagnose",
@@ -63,12 +64,14 @@ def segment(
     file: Path | None = None,
     demo: str | None = None,
     planner: Literal["rule", "llm"] = "rule",
+    episode: str | None = None,
 ) -> None:
-    """Cut an instruction, or the demonstrations of an HDF5 file, into skills; planner llm asks the segmenter's language model."""
+    """Cut an instruction, an uploaded HDF5 file, or data in the gateway's data folder (--episode: LeRobot, clips, many files)
+    into skills; planner llm asks the segmenter's language model."""
     from services.cli import work
 
     with Gateway(CliSettings.load()) as gateway:
-        work.show_segments(work.segment(gateway, console, instruction, file, demo, planner), console)
+        work.show_segments(work.segment(gateway, console, instruction, file, demo, planner, episode), console)
 
 
 def schemas(file: Path | None = None) -> None:
@@ -200,9 +203,10 @@ def _module(name: str) -> Callable[[], None]:
 
     command.__doc__ = {
         "demos": "Collect demonstrations with the scripted experts. Own options: world2act demos --help.",
-        "train-worldmodel": "Train video VAE and world model on skill clips. Own options: world2act train-worldmodel --help.",
+        "train-worldmodel": "Train the embedded world model, or with --backbone fine-tune a large one: --help.",
+        "evaluate-worldmodel": "Quality of world models on held-out clips. Own options: world2act evaluate-worldmodel --help.",
         "train-base": "Train the base policy by behaviour cloning. Own options: world2act train-base --help.",
-        "stage1": "Train the adapters (Stage 1). Own options: world2act stage1 --help.",
+        "stage1": "Train the adapters (Stage 1), with --backbone on a large world model. Own options: world2act stage1 --help.",
         "experiment": "Measure: main, methods, worldmodel, objectives, adapters, ... Own options: world2act experiment --help.",
         "results": "Gather what experiments measured into docs/results.md. Own options: world2act results --help.",
         "diagnose": "Measure imagined targets against the expert. Own options: world2act diagnose --help.",
@@ -220,6 +224,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "imagine": imagine,
     "rollout": rollout,
     "train-worldmodel": _module("train-worldmodel"),
+    "evaluate-worldmodel": _module("evaluate-worldmodel"),
     "train-base": _module("train-base"),
     "stage1": _module("stage1"),
     "experiment": _module("experiment"),

@@ -15,13 +15,20 @@ Result = dict[str, Any]
 
 
 def segment(
-    gateway: Gateway, console: Console, instruction: str | None, file: Path | None, demo: str | None, planner: str = "rule"
+    gateway: Gateway,
+    console: Console,
+    instruction: str | None,
+    file: Path | None,
+    demo: str | None,
+    planner: str = "rule",
+    episode: str | None = None,
 ) -> Result:
-    """Skills of an instruction, or of an uploaded episode file; waits for a slow one."""
-    if (instruction is None) == (file is None):
-        raise CliError("segment: give an instruction, or --file")
+    """Skills of an instruction, of an uploaded file, or of data in the gateway's data folder; waits for a slow one."""
+    if [instruction, file, episode].count(None) != 2:
+        raise CliError("segment: give an instruction, or --file, or --episode")
     if file is None:
-        found = gateway.call("POST", "/segment", json={"instruction": instruction, "planner": planner})
+        asked = {"instruction": instruction, "episode": episode, "demo": demo, "planner": planner}
+        found = gateway.call("POST", "/segment", json={key: value for key, value in asked.items() if value is not None})
     else:
         try:
             with file.open("rb") as f:
@@ -47,6 +54,8 @@ def show_segments(result: Result, console: Console) -> None:
         skills = "; ".join(f"{s['prompt']} ({s['start']}-{s['end']})" for s in e["skills"])
         verdict = f"discarded: {e['discarded']}" if e["discarded"] else "kept"
         table.add_row(e["demo"] or "-", e["instruction"], skills or "-", verdict)
+    for s in result.get("skipped", []):
+        table.add_row(s["demo"], "-", "-", f"not readable: {s['reason']}")
     console.print(table)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -140,8 +139,9 @@ def add_segment(app: FastAPI, doors: Doors) -> None:
         responses={200: {"description": "skills"}, 202: {"model": JobAccepted, "description": "slower than W2A_SEGMENT_WAIT_S"}},
     )
     async def segment(request: Request) -> Response:
-        """Cut an episode into skills: an uploaded HDF5 file (multipart field `file`), a file of the data folder (`episode`),
-        gripper widths with an instruction, or an instruction alone (skills only)."""
+        """Cut demonstrations into skills: an uploaded HDF5 file (multipart field `file`; ours, LIBERO's or RoboCasa's), a file or
+        data set of the data folder (`episode`; also LeRobot's and the authors' clips), gripper widths with an instruction, or an
+        instruction alone (skills only)."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind == "multipart/form-data":
             task = await _from_upload(request, doors)
@@ -159,7 +159,9 @@ def add_segment(app: FastAPI, doors: Doors) -> None:
             await anyio.sleep(pause)
             pause = min(pause * 1.5, 0.25)
         job = await run_in_threadpool(
-            lambda: doors.jobs.create("segment", {"celery_id": celery_id, "episode": task.get("episode_uri")}, queue=False)
+            lambda: doors.jobs.create(
+                "segment", {"celery_id": celery_id, "episode": task.get("episode_uri") or task.get("episode_path")}, queue=False
+            )
         )
         return JSONResponse(JobAccepted.of(job).model_dump(), 202, {"Location": f"/jobs/{job.id}"})
 
@@ -171,8 +173,8 @@ def add_segment(app: FastAPI, doors: Doors) -> None:
         task = asked.model_dump(exclude_none=True, exclude={"episode", "frames"})
         if asked.episode is None:
             return task
-        path = await run_in_threadpool(uploads.locate, doors.settings, asked.episode)
-        return task | {"episode_uri": await run_in_threadpool(_store, doors, path, asked.demo, "episode"), "demo": asked.demo}
+        stamp = await run_in_threadpool(uploads.stamp, doors.settings, asked.episode)
+        return task | {"episode_path": asked.episode, "episode_stamp": stamp, "demo": asked.demo}
 
 
 async def _from_upload(request: Request, doors: Doors) -> dict[str, Any]:
@@ -192,22 +194,14 @@ async def _from_upload(request: Request, doors: Doors) -> dict[str, Any]:
         except ValidationError as error:
             raise from_validation(error.errors(include_url=False)) from None
 
-        def copy() -> str:
-            with tempfile.NamedTemporaryFile(suffix=".hdf5") as target:
-                while piece := file.file.read(1024 * 1024):
-                    target.write(piece)
-                target.flush()
-                return _store(doors, Path(target.name), asked.demo, "file")
+        def store() -> str:
+            uploads.check_episode(file.file, asked.demo)
+            file.file.seek(0)
+            return doors.artifacts.put_file(file.file, "hdf5")
 
-        name = await run_in_threadpool(copy)
+        name = await run_in_threadpool(store)
     task = asked.model_dump(exclude_none=True, exclude={"episode"})
     return task | {"episode_uri": name, "demo": asked.demo}
-
-
-def _store(doors: Doors, path: Path, demo: str | None, field: str) -> str:
-    """Check an episode file and make it an artifact; returns its name."""
-    uploads.check_episode(path, demo, field)
-    return doors.artifacts.put(path.read_bytes(), "hdf5")
 
 
 # -- jobs --------------------------------------------------------------------------------------------------------------

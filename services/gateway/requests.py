@@ -33,11 +33,20 @@ class SegmentRequest(Body):
     gripper_width_m: list[float] | None = Field(None, description="opening in metres at each frame, at most 0.5")
     commanded_width_m: list[float] | None = Field(None, description="commanded opening, a second cue; as long as the series")
     task: str | None = Field(None, min_length=1, max_length=100, description="task schema; else the one that the text matches")
-    embodiment: str | None = Field(None, min_length=1, max_length=100, description="gripper calibration; else Meta-World's")
+    embodiment: str | None = Field(
+        None, min_length=1, max_length=100, description="gripper calibration; else the data's robot's, or Meta-World's"
+    )
     frames: int | None = Field(None, ge=1, le=1_000_000, description="frames of the episode, where known: must match the series")
     planner: Literal["rule", "llm"] | None = Field(None, description="llm: by the segmenter's language model; else by schemas")
-    episode: str | None = Field(None, min_length=1, max_length=1000, description="HDF5 file, relative to the data folder")
-    demo: str | None = Field(None, pattern=r"^demo_\d{1,9}$", description="one demonstration of the file; else all")
+    episode: str | None = Field(
+        None, min_length=1, max_length=1000, description="demonstrations in the data folder: an HDF5 file, or a data set's folder"
+    )
+    demo: str | None = Field(
+        None,
+        max_length=1000,
+        pattern=r"^[^\x00-\x1f]+$",
+        description="one of them: demo_3, episode_000003, a clip's name; else all",
+    )
 
     @field_validator("instruction")
     @classmethod

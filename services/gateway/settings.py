@@ -19,7 +19,7 @@ class GatewaySettings(CommonSettings):
     """Limits, folders and the optional token of the REST door."""
 
     data_root: Path = Field(Path("data"), description='folder that {"episode": ...} paths are relative to and may not leave')
-    upload_limit_bytes: int = Field(256 * MEBIBYTE, ge=1024, description="largest episode file, uploaded or referred to")
+    upload_limit_bytes: int = Field(4096 * MEBIBYTE, ge=1024, description="largest uploaded episode file")
     json_limit_bytes: int = Field(8 * MEBIBYTE, ge=1024, description="largest body of any other request")
     segment_wait_s: float = Field(20.0, ge=0.0, le=60.0, description="POST /segment answers 200 within this, else 202 with a job")
     check_timeout_s: float = Field(2.0, gt=0.0, le=30.0, description="wait for another service's health")

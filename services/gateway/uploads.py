@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import IO
 
 import h5py
 
 from services.gateway.problems import ProblemError, invalid
 from services.gateway.settings import GatewaySettings
+from services.runtime.paths import below
 
 MAGIC = b"\x89HDF\r\n\x1a\n"
 MAX_OBJECTS = 1_000_000
@@ -17,24 +20,23 @@ MAX_EXPANSION = 64
 
 def inside(settings: GatewaySettings, name: str, field: str) -> Path:
     """The path that `name` means in the data folder. 400 when it leaves the folder."""
-    root = settings.data_root.resolve()
     try:
-        path = (root / name).resolve()
-    except (ValueError, OSError, RuntimeError):
-        raise ProblemError(400, f"{field}: is not a usable path") from None
-    if not path.is_relative_to(root):
-        raise ProblemError(400, f"{field}: {name[:200]!r} lies outside the data folder (W2A_DATA_ROOT)")
-    return path
+        return below(settings.data_root, name, field, "W2A_DATA_ROOT")
+    except ValueError as error:
+        raise ProblemError(400, str(error)) from None
 
 
-def locate(settings: GatewaySettings, episode: str) -> Path:
-    """The file that `episode` names in the data folder. 400 when it leaves the folder, 404 when it is not there."""
+def stamp(settings: GatewaySettings, episode: str) -> str:
+    """What changes when the file or folder that `episode` names does: how many files, their bytes, when the newest was written.
+
+    400 when it leaves the data folder, 404 when it is not there.
+    """
     path = inside(settings, episode, "episode")
-    if not path.is_file():
+    if not path.exists():
         raise ProblemError(404, f"episode: {episode[:200]!r} is not in the data folder (W2A_DATA_ROOT)")
-    if path.stat().st_size > settings.upload_limit_bytes:
-        raise too_large("episode", settings)
-    return path
+    files = [path] if path.is_file() else [Path(at) / name for at, _, names in os.walk(path) for name in names]
+    stats = [file.stat() for file in files if file.exists()]
+    return f"{len(stats)}-{sum(s.st_size for s in stats)}-{max((s.st_mtime_ns for s in stats), default=0)}"
 
 
 def too_large(field: str, settings: GatewaySettings) -> ProblemError:
@@ -42,14 +44,18 @@ def too_large(field: str, settings: GatewaySettings) -> ProblemError:
     return ProblemError(413, f"{field}: larger than the limit of {settings.upload_limit_bytes} bytes (W2A_UPLOAD_LIMIT_BYTES)")
 
 
-def check_episode(path: Path, demo: str | None, field: str = "file") -> None:
-    """422 unless `path` is a whole HDF5 file in the robomimic layout that refers to no other file and holds `demo`."""
-    with path.open("rb") as f:
-        if f.read(len(MAGIC)) != MAGIC:
-            raise invalid(field, "is not an HDF5 file (its first 8 bytes are not the HDF5 signature)")
+def check_episode(upload: IO[bytes], demo: str | None, field: str = "file") -> None:
+    """422 unless `upload` is a whole HDF5 file in the robomimic layout that refers to no other file and holds `demo`.
+
+    Its values are not read: it may be larger than the memory.
+    """
+    size = upload.seek(0, os.SEEK_END)
+    upload.seek(0)
+    if upload.read(len(MAGIC)) != MAGIC:
+        raise invalid(field, "is not an HDF5 file (its first 8 bytes are not the HDF5 signature)")
     try:
-        with h5py.File(path, "r") as file:
-            _check_closed(file, path.stat().st_size, field)
+        with h5py.File(upload, "r") as file:
+            _check_closed(file, size, field)
             if not isinstance(file.get("data"), h5py.Group):
                 raise invalid(field, "has no group /data (robomimic layout)")
             demos = [name for name in file["data"] if name.startswith("demo_")]

@@ -8,16 +8,19 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import tempfile
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import fsspec
 import numpy.typing as npt
 
 from services.runtime.tensors import pack, unpack, unpack_metadata
 
+PIECE = 4 * 1024 * 1024
 NAME = re.compile(r"^sha256-([0-9a-f]{64})\.([a-z0-9]{1,16})$")
 
 
@@ -59,6 +62,46 @@ class ArtifactStore:
         if not self.fs.exists(path):
             self._write(path, data)
         return name
+
+    def put_file(self, source: IO[bytes], suffix: str) -> str:
+        """`put` of all that `source` holds from where it is, a piece at a time: memory does not grow with it."""
+        temporary = f"{self.root}/incoming/{uuid.uuid4().hex}.tmp"
+        self.fs.makedirs(f"{self.root}/incoming", exist_ok=True)
+        digest = hashlib.sha256()
+        try:
+            with self.fs.open(temporary, "wb") as f:
+                while piece := source.read(PIECE):
+                    digest.update(piece)
+                    f.write(piece)
+            name = f"sha256-{digest.hexdigest()}.{suffix}"
+            path = self.path(name)
+            if not self.fs.exists(path):
+                self.fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+                self.fs.mv(temporary, path)
+        finally:
+            if self.fs.exists(temporary):
+                self.fs.rm(temporary)
+        return name
+
+    @contextmanager
+    def local(self, name: str) -> Iterator[Path]:
+        """`name` as a file of this machine, checked; memory does not grow with it. Raises ArtifactError as `get`."""
+        path = self.path(name)
+        with tempfile.NamedTemporaryFile(suffix=f".{name.rsplit('.', 1)[1]}") as copy:
+            here = "file" in self.fs.protocol
+            digest = hashlib.sha256()
+            try:
+                with self.fs.open(path, "rb") as f:
+                    while piece := f.read(PIECE):
+                        digest.update(piece)
+                        if not here:
+                            copy.write(piece)
+            except FileNotFoundError:
+                raise ArtifactError(f"artifact: {name} is not in the store") from None
+            if f"sha256-{digest.hexdigest()}" != name.rsplit(".", 1)[0]:
+                raise ArtifactError(f"artifact: {name} is corrupt: its bytes do not match its name")
+            copy.flush()
+            yield Path(path) if here else Path(copy.name)
 
     def get(self, name: str) -> bytes:
         """The bytes of `name`, checked against it. Raises ArtifactError when missing or corrupt."""

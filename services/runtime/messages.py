@@ -58,8 +58,8 @@ class ImagineRequest(Message):
     starts: str
     skills: list[list[SkillPrompt]] = Field(min_length=1, max_length=1024)
     seed: int = 0
-    steps: int = Field(1, ge=1, le=100)
-    guidance: float = Field(1.0, ge=0.0, le=20.0)
+    steps: int = Field(0, ge=0, le=100)
+    guidance: float = Field(0.0, ge=0.0, le=20.0)
     latents: bool = Field(False, description="also store the latents")
     video: bool = Field(False, description="also store decoded frames as mp4, one per row")
 

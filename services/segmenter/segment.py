@@ -2,12 +2,14 @@
 
 Request, one of
   {"instruction", "gripper_width_m": [metres, one per frame], "task"?, "embodiment"?, "commanded_width_m"?, "planner"?}
-  {"episode_uri": name of an HDF5 artifact, "demo": "demo_0" | null for all, "embodiment"?, "planner"?}
+  {"episode_uri": name of an HDF5 artifact, or "episode_path": file or folder below the data folder, "episode_stamp"?,
+   "demo": name of one | null for all, "embodiment"?, "planner"?}; episode_stamp: anything that changes when the data does
   {"instruction", "task"?, "planner"?}            skills only
 planner: "rule" (default) or "llm", which plans and aligns by the language model of the settings.
-Result: {"task", "skills": prompts (null with a file), "episodes": [...], "statistics"}, an episode being {"demo", "task",
-"instruction", "skills": [{"prompt", "start", "end", "reason"}], "discarded", "reasons", "events", "length", "gripper_width_m",
-"width_stride"}; its widths are every width_stride-th value, at most 256. With planner llm, "llm" says what that took.
+Result: {"task", "skills": prompts (null with episodes of data), "episodes": [...], "statistics"}, an episode being {"demo",
+"task", "instruction", "skills": [{"prompt", "start", "end", "reason", "start_s"?, "end_s"?}], "discarded", "reasons", "events",
+"length", "fps", "gripper_width_m", "width_stride"}; its widths are every width_stride-th value, at most 256, none where there are
+none. Of data also "format", and "skipped": [{"demo", "reason"}], what could not be read. With planner llm also "llm".
 A bad request gives {"error": sentence that names the field and the limit} instead; it is no failure of the task.
 """
 
@@ -15,15 +17,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from services.runtime.artifacts import ArtifactError, ArtifactStore
 from services.runtime.llm import BudgetExceededError, LLMClient, make_asker
-from services.segmenter.episodes import read_widths
+from services.runtime.paths import below
+from services.segmenter.episodes import calibration_of, open_episodes, read_episodes
 from services.segmenter.settings import SegmenterSettings
+from world2act.data.formats import FormatError, Skipped
 from world2act.segmentation import (
     Aligner,
     AnswerRejectedError,
@@ -31,10 +39,11 @@ from world2act.segmentation import (
     Segmentation,
     default_planner,
     load_schemas,
+    segment_episode,
     segment_series,
     summarise,
 )
-from world2act.segmentation.events import MAX_FRAMES, WidthArray, check_widths
+from world2act.segmentation.events import MAX_FRAMES, check_widths
 from world2act.segmentation.events import as_json as events_json
 from world2act.segmentation.llm import LLMAligner, LLMPlanner
 from world2act.segmentation.schemas import DEFAULT_EMBODIMENT
@@ -53,9 +62,11 @@ class SegmentRequest(BaseModel):
     gripper_width_m: Widths | None = None
     commanded_width_m: Widths | None = None
     task: str | None = Field(None, max_length=100)
-    embodiment: str = Field(DEFAULT_EMBODIMENT, max_length=100)
+    embodiment: str | None = Field(None, max_length=100)
     episode_uri: str | None = Field(None, max_length=200)
-    demo: str | None = Field(None, max_length=100)
+    episode_path: str | None = Field(None, max_length=1000)
+    episode_stamp: str | None = Field(None, max_length=100)
+    demo: str | None = Field(None, max_length=1000)
     planner: Literal["rule", "llm"] = "rule"
 
 
@@ -125,12 +136,12 @@ def run_request(content: Any, settings: SegmenterSettings, store: ArtifactStore,
 
 
 def _run(request: SegmentRequest, settings: SegmenterSettings, store: ArtifactStore, cutter: Cutter) -> dict[str, Any]:
-    load_schemas().calibration(request.embodiment)
-    if request.episode_uri is not None:
+    calibration = load_schemas().calibration(request.embodiment or DEFAULT_EMBODIMENT)
+    if request.episode_uri is not None or request.episode_path is not None:
         if request.instruction is not None or request.gripper_width_m is not None:
             raise ValueError("episode_uri: give either an episode, or an instruction and widths, not both")
-        found = list(_of_file(request, settings, store, cutter))
-        return {"task": found[0][0].task, "skills": None, **_result(found)}
+        with _data(request, settings, store) as path:
+            return _of_data(path, request, settings, cutter)
     if request.demo is not None:
         raise ValueError("demo: names a demonstration of a file; episode_uri is missing")
     if request.instruction is None:
@@ -144,57 +155,86 @@ def _run(request: SegmentRequest, settings: SegmenterSettings, store: ArtifactSt
         widths,
         request.instruction,
         task=request.task,
-        calibration=load_schemas().calibration(request.embodiment),
+        calibration=calibration,
         commanded=request.commanded_width_m,
         planner=cutter.planner,
         aligner=cutter.aligner,
     )
-    return {**head, **_result([(segmentation, None, request.instruction, widths)])}
+    episode = _episode(segmentation, None, request.instruction, widths, None)
+    return {**head, "episodes": [episode], "statistics": summarise([segmentation]).to_json()}
 
 
-Found = tuple[Segmentation, str | None, str, WidthArray]
-
-
-def _of_file(request: SegmentRequest, settings: SegmenterSettings, store: ArtifactStore, cutter: Cutter) -> Iterator[Found]:
-    """Segmentations of the demonstrations of an artifact."""
-    name = str(request.episode_uri)
-    path = store.path(name)
-    if store.exists(name) and (size := int(store.fs.size(path))) > settings.segment_max_bytes:
-        raise ArtifactError(f"episode_uri: the file has {size} bytes, the limit is {settings.segment_max_bytes}")
-    base = load_schemas().calibration(request.embodiment)
-    limit = settings.segment_max_demos if cutter.client is None else settings.segment_llm_max_demos
-    for series in read_widths(store.get(name), request.demo, limit):
-        calibration = base if series.open_width_m is None else replace(base, open_width_m=series.open_width_m)
-        try:
-            segmentation = segment_series(
-                series.widths,
-                series.instruction,
-                task=series.task,
-                frames=series.frames,
-                calibration=calibration,
-                planner=cutter.planner,
-                aligner=cutter.aligner,
+@contextmanager
+def _data(request: SegmentRequest, settings: SegmenterSettings, store: ArtifactStore) -> Iterator[Path]:
+    """The request's file or folder on this machine."""
+    if request.episode_uri is None:
+        path = below(settings.data_root, str(request.episode_path), "episode", "W2A_DATA_ROOT")
+        if not path.exists():
+            raise ValueError(
+                f"episode: {str(request.episode_path)[:200]!r} is not in the segmenter's data folder (W2A_DATA_ROOT)"
             )
-        except ValueError as e:
-            raise ValueError(f"{series.demo}: {e}") from None
-        yield segmentation, series.demo, series.instruction, series.widths
+        for inner in path.rglob("*"):
+            if inner.is_symlink():
+                below(settings.data_root, str(inner), "episode", "W2A_DATA_ROOT")  # a data set's own links stay inside, too
+        yield path
+        return
+    name = request.episode_uri
+    if store.exists(name) and (size := int(store.fs.size(store.path(name)))) > settings.segment_max_bytes:
+        raise ArtifactError(f"episode_uri: the file has {size} bytes, the limit is {settings.segment_max_bytes}")
+    with store.local(name) as path:
+        yield path
 
 
-def _result(found: list[Found]) -> dict[str, Any]:
-    return {"episodes": [_episode(*f) for f in found], "statistics": summarise(f[0] for f in found).to_json()}
+def _of_data(path: Path, request: SegmentRequest, settings: SegmenterSettings, cutter: Cutter) -> dict[str, Any]:
+    """Segmentations of the demonstrations at `path`. What cannot be read is skipped; ValueError where nothing can."""
+    limit = settings.segment_max_demos if cutter.client is None else settings.segment_llm_max_demos
+    plain = (lambda text: text.replace(path.name, "the file")) if request.episode_uri else str  # an artifact's name says nothing
+    try:
+        source = open_episodes(path)
+        cut: list[Segmentation] = []
+        shown: list[dict[str, Any]] = []
+        skipped: list[dict[str, str]] = []
+        for name, episode in read_episodes(source, request.demo, limit):
+            if isinstance(episode, Skipped):
+                skipped.append({"demo": name, "reason": plain(episode.reason)})
+                continue
+            hand = calibration_of(source, episode, request.embodiment)
+            try:
+                found = segment_episode(episode, calibration=hand, planner=cutter.planner, aligner=cutter.aligner)
+            except AnswerRejectedError:
+                raise  # of the model, which may do better
+            except ValueError as e:
+                skipped.append({"demo": name, "reason": str(e)})
+                continue
+            cut.append(found)
+            shown.append(_episode(found, name, episode.instruction, episode.widths, float(episode.meta["fps"])))
+    except FormatError as e:
+        raise ValueError(f"episode: {plain(str(e))}") from None
+    if not cut:
+        raise ValueError(f"episode: {skipped[0]['demo']}: {skipped[0]['reason']}")
+    head = {"task": cut[0].task, "skills": None, "format": source.name}
+    return {**head, "episodes": shown, "skipped": skipped, "statistics": summarise(cut).to_json()}
 
 
-def _episode(segmentation: Segmentation, demo: str | None, instruction: str, widths: WidthArray) -> dict[str, Any]:
-    stride = -(-widths.size // WIDTHS_SHOWN)
+def _episode(
+    segmentation: Segmentation, demo: str | None, instruction: str, widths: npt.NDArray[Any], fps: float | None
+) -> dict[str, Any]:
+    shown = widths if np.isfinite(widths).all() else widths[:0]
+    stride = max(1, -(-shown.size // WIDTHS_SHOWN))
+    skills = [{"prompt": s.prompt, "start": s.start, "end": s.end, "reason": s.reason} for s in segmentation.skills]
+    if fps is not None:
+        times = [{"start_s": round(s.start / fps, 3), "end_s": round(s.end / fps, 3)} for s in segmentation.skills]
+        skills = [{**skill, **time_} for skill, time_ in zip(skills, times, strict=True)]
     return {
         "demo": demo,
         "task": segmentation.task,
         "instruction": instruction,
-        "skills": [{"prompt": s.prompt, "start": s.start, "end": s.end, "reason": s.reason} for s in segmentation.skills],
+        "skills": skills,
         "discarded": segmentation.discarded,
         "reasons": list(segmentation.reasons),
         "events": events_json(segmentation.events),
         "length": segmentation.length,
-        "gripper_width_m": [round(float(w), 5) for w in widths[::stride]],
+        "fps": fps,
+        "gripper_width_m": [round(float(w), 5) for w in shown[::stride]],
         "width_stride": stride,
     }

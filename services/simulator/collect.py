@@ -1,9 +1,10 @@
 """Record demonstrations with a simulator's scripted experts: `python -m services.simulator.collect --out DIR --split worldmodel`.
 
-A plain episode follows the expert; one that fails is dropped and counted. A perturbed episode adds random xyz offsets, each
-held for one to three chunks, to half of the expert's chunks on average, and in half of those forces the gripper open or
-closed: states off the expert's path, dropped and missed objects, and the way back are seen too. The action recorded is the
-action executed, marked as not intended where an offset was added, and the episode is kept whether or not it succeeds. An
+A plain episode follows the expert; one that fails is dropped and counted. A perturbed episode begins with up to five chunks
+of wandering: random motion, hand open or closed. Then the expert takes over, with random xyz offsets, each held for one to
+three chunks, on 40 % of its chunks on average, which in half of the cases force the gripper open or closed: states off the
+expert's path, dropped and missed objects, and the way back are seen too. The action recorded is the action executed, marked
+as not intended while wandering or offset, and the episode is kept whether or not it succeeds. An
 episode ends AFTER_SUCCESS chunks after success, in whole chunks, or at the task's limit: what a solved task looks like is
 seen too, since policies go on there. Scene i is the same scene for ever (world2act.splits), and scene i is perturbed or
 plain whatever --episodes is, so a longer collection extends a shorter one (--resume).
@@ -32,7 +33,8 @@ from world2act.splits import Split, scene_seed
 from world2act.types import Episode
 
 MOST_ATTEMPTS = 4  # scenes tried for each episode wanted, before an expert is declared broken
-OFFSET_CHANCE = 0.5  # of a perturbed episode's spans, those that get an offset
+LONGEST_WANDER = 5  # chunks
+OFFSET_CHANCE = 0.4  # of a perturbed episode's spans after it, those that get an offset
 LONGEST_SPAN = 3  # chunks
 AFTER_SUCCESS = 4  # chunks
 
@@ -102,16 +104,23 @@ def record(env: base.Environment, task: str, split: Split, index: int, noise: fl
     images = {name: [image] for name, image in observation.images.items()}
     states, actions = [observation.state], []
     intended: list[bool] = []
+    wander = int(rng.integers(0, LONGEST_WANDER + 1)) if noise > 0 else 0
     success, after, left = False, 0, 0
-    for _ in range(spec.task(task).max_chunks):
+    for chunk in range(spec.task(task).max_chunks):
+        wandering = chunk < wander
         if left == 0:
             left, offset = int(rng.integers(1, LONGEST_SPAN + 1)), np.zeros(len(spec.action), np.float32)
-            if noise > 0 and rng.random() < OFFSET_CHANCE:
+            if wandering:
+                left = min(left, wander - chunk)
+                offset[:3] = rng.normal(0.0, 1.0, 3)
+                offset[gripper] = rng.choice((-1.0, 1.0))
+            elif noise > 0 and rng.random() < OFFSET_CHANCE:
                 offset[:3] = rng.normal(0.0, noise * rng.integers(1, 3), 3)
                 offset[gripper] = rng.choice((-2.0, 0.0, 0.0, 2.0))
         left -= 1
         for _ in range(spec.chunk):
-            action = np.clip(env.expert_action() + offset, -1.0, 1.0).astype(np.float32)
+            wanted = np.zeros_like(offset) if wandering else env.expert_action()
+            action = np.clip(wanted + offset, -1.0, 1.0).astype(np.float32)
             result = env.step(action[None], "all")
             actions.append(action)
             intended.append(not offset.any())

@@ -20,7 +20,7 @@ import structlog
 
 from services.simulator.envs import base
 from services.simulator.worker import Arrays, decode, encode, images_of, spec_from_json, work
-from world2act.types import FloatArray, ImageArray
+from world2act.types import FloatArray
 
 log = structlog.get_logger()
 CONTEXT = multiprocessing.get_context("spawn")  # fork would copy gRPC's threads and locks
@@ -164,20 +164,20 @@ class Pool:
                 if slot.env_id == env_id:
                     self._end(slot)
 
-    def reset(self, env_id: str, task: str, seed: int) -> tuple[dict[str, ImageArray], FloatArray]:
-        """Start an episode; returns images (camera -> uint8 (H, W, 3)) and state (S,). Raises NotLeasedError, LostError."""
+    def reset(self, env_id: str, task: str, seed: int) -> base.Observation:
+        """Start an episode. Raises NotLeasedError, LostError."""
         with self._held([env_id]) as (slot,):
             slot.task, slot.done, slot.lost = "", False, False
             if not slot.alive():
                 slot.replace("its process died while idle")
             try:
                 slot.send(encode({"op": "reset", "task": task, "seed": str(seed)}))
-                _, arrays = slot.receive(self.call_seconds)
+                head, arrays = slot.receive(self.call_seconds)
             except LostError as error:
                 slot.replace(str(error))
                 raise LostError(f"env_id {env_id}: {error}; reset again") from None
             slot.task = task
-            return images_of(arrays), arrays["state"]
+            return base.Observation(images_of(arrays), arrays["state"], head["instruction"])
 
     def step(self, chunks: Mapping[str, FloatArray], frames: base.Frames) -> dict[str, base.StepResult]:
         """Run one chunk in each environment, all at the same time; env_id -> result.

@@ -57,7 +57,7 @@ class Servicer(SimulatorServicer):
         with pool_errors():
             env_id = request.env_id or self.pool.lease(wait)
             try:
-                images, state = self.pool.reset(env_id, task.name, seed)
+                observation = self.pool.reset(env_id, task.name, seed)
             except Exception:
                 if not request.env_id:  # the caller never learns this id
                     self.pool.release(env_id)
@@ -67,9 +67,9 @@ class Servicer(SimulatorServicer):
         RESETS.labels(task.name).inc()
         return pb.ResetReply(
             env_id=env_id,
-            images={name: to_tensor(image) for name, image in images.items()},
-            state=to_tensor(state),
-            instruction=task.instruction,
+            images={name: to_tensor(image) for name, image in observation.images.items()},
+            state=to_tensor(observation.state),
+            instruction=observation.instruction,
         )
 
     @guarded

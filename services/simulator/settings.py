@@ -19,3 +19,4 @@ class SimulatorSettings(CommonSettings):
     libero_assets: str = Field("", description="LIBERO's meshes: a folder or an archive of stand-ins; empty: LIBERO's own places")
     libero_image_size: int = Field(64, ge=32, le=512, description="pixels a side of LIBERO's camera images")
     libero_effects: bool = Field(False, description="draw shadows and reflections, as published LIBERO images do; slower")
+    robocasa_image_size: int = Field(128, ge=32, le=512, description="pixels a side of RoboCasa's camera images")

@@ -59,7 +59,7 @@ def answer(env: base.Environment, request: bytes) -> bytes:
         if head["op"] == "reset":
             observation = env.reset(head["task"], int(head["seed"]))
             images = {IMAGE + name: image for name, image in observation.images.items()}
-            return encode({"status": "ok"}, {**images, "state": observation.state})
+            return encode({"status": "ok", "instruction": observation.instruction}, {**images, "state": observation.state})
         result = env.step(arrays["actions"], cast(base.Frames, head["frames"]))
     except base.InvalidInputError as error:
         return encode({"status": "invalid", "message": str(error)})

@@ -92,11 +92,25 @@ class Policy:
         self.artifact = artifact
 
     def act(
-        self, images: Mapping[str, ImageArray], state: FloatArray, instruction: str, namespace: str, version: int
+        self,
+        images: Mapping[str, ImageArray],
+        state: FloatArray,
+        instruction: str,
+        namespace: str,
+        version: int,
+        episode: str = "",
+        step: int = 0,
     ) -> tuple[FloatArray, FloatArray, int]:
-        """One observation -> base and combined chunk (M, A) in the simulator's units, and the version that acted."""
+        """One observation -> base and combined chunk (M, A) in the simulator's units, and the version that acted.
+
+        `episode`, `step`: see policy.proto; for base policies that plan further ahead than M.
+        """
         observation = policy_pb2.Observation(
-            images={name: to_tensor(image) for name, image in images.items()}, state=to_tensor(state), instruction=instruction
+            images={name: to_tensor(image) for name, image in images.items()},
+            state=to_tensor(state),
+            instruction=instruction,
+            episode=episode,
+            step=step,
         )
         request = policy_pb2.ActRequest(observations=[observation], namespace=namespace, version=version)
         try:

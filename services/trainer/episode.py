@@ -7,6 +7,7 @@ would tell the learner about it by the episode's length; nor does what is record
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,10 +68,9 @@ class Perturbation:
 
 
 def calibration(spec: Any) -> GripperCalibration:
-    """The gripper thresholds of the simulator behind `spec` (DescribeReply): its row in schemas.json, else by its open width."""
-    known = load_schemas().calibrations
-    if spec.simulator in known:
-        return known[spec.simulator]
+    """Gripper thresholds of the simulator behind `spec` (DescribeReply): its hand's in schemas.json, else by its open width."""
+    if (hand := load_schemas().hand(spec.simulator)) is not None:
+        return load_schemas().calibration(hand)
     return GripperCalibration(spec.gripper_open_width, 0.45 * spec.gripper_open_width, 0.3 * spec.gripper_open_width)
 
 
@@ -92,10 +92,12 @@ def run_episode(
     perturb = Perturbation(request.seed, request.noise, std)
     grid = simulator.grid()
     recorded.video.append(grid)
+    attempt, done_actions = uuid.uuid4().hex, 0  # a request that is delivered twice must not go on with the other's plan
     for _ in range(limit):
         base, combined, recorded.version = policy.act(
-            simulator.images, state, recorded.instruction, request.namespace, recorded.version
+            simulator.images, state, recorded.instruction, request.namespace, recorded.version, attempt, done_actions
         )
+        done_actions += len(combined)
         executed = perturb(combined, simulator.low, simulator.high)
         recorded.frames.append(grid)
         recorded.states.append(state)

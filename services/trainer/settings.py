@@ -21,8 +21,8 @@ class TrainerSettings(CommonSettings):
     action_std: float = Field(
         0.0, ge=0, le=1, description="unit of rollout noise on every axis; 0: the adapters' action statistics in the zoo"
     )
-    imagine_steps: int = Field(1, ge=1, le=100, description="denoising steps of Stage 2 targets")
-    imagine_guidance: float = Field(1.0, ge=0, le=20, description="guidance of Stage 2 targets")
+    imagine_steps: int = Field(0, ge=0, le=100, description="denoising steps of Stage 2 targets; 0: the world model's own")
+    imagine_guidance: float = Field(0.0, ge=0, le=20, description="guidance of Stage 2 targets; 0: the world model's own")
     video_fps: int = Field(10, ge=1, le=60, description="frames (one per action) per second of stored mp4 files")
     job_workers: int = Field(2, ge=1, le=16, description="jobs that run at once")
     job_claim_seconds: float = Field(15.0, ge=1, description="a job that its trainer left alone this long is taken over")

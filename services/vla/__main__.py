@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import structlog
 import torch
@@ -13,12 +14,15 @@ from services.runtime.rpc import start_server
 from services.runtime.streams import connect
 from services.runtime.telemetry import configure_logging, serve_health, start_heartbeat, stop_on_signals
 from services.vla.batcher import Batcher
+from services.vla.doors import open_doors
 from services.vla.engine import Engine
+from services.vla.observations import DEFAULT_NAMESPACE
 from services.vla.policies import base
 from services.vla.service import PolicyServicer
 from services.vla.settings import VlaSettings
 from services.vla.versions import Versions
 from services.vla.vision import Vision
+from world2act.bundle import Bundle
 from world2act.models.adapters import Adapters
 
 log = structlog.get_logger()
@@ -36,12 +40,26 @@ def load_engine(settings: VlaSettings) -> Engine:
     return Engine(base.make(settings), vision, adapters_hash, settings.vla_block)
 
 
+def load_residual(settings: VlaSettings, engine: Engine, versions: Versions) -> None:
+    """Put the bundle that the settings name in memory, so that a server without a trainer has it. Raises as `Engine.check`."""
+    if settings.vla_residual:
+        path = Path(settings.vla_residual)
+        content = path.read_bytes()
+        version = Bundle.from_bytes(content, str(path)).version
+        if version < 1:
+            raise ValueError(f"vla_residual: {path} has version {version}; 0 is the base alone")
+        versions.add(DEFAULT_NAMESPACE, engine.check(content, version, str(path)))
+        log.info("residual loaded", version=version, file=str(path))
+
+
 def serve(settings: VlaSettings) -> None:
     """Run until SIGTERM or SIGINT; requests in progress are answered."""
     stop = stop_on_signals()
     engine = load_engine(settings)
     batcher = Batcher(engine.compute, settings.vla_max_batch, settings.vla_max_wait_ms / 1000.0)
     versions = Versions(settings.vla_keep_versions, settings.vla_keep_namespaces)
+    load_residual(settings, engine, versions)
+    closers = open_doors(settings, engine, batcher, versions)
     servicer = PolicyServicer(engine, batcher, versions, ArtifactStore(settings.artifacts_url), settings.vla_max_batch)
     server, health, port = start_server(
         lambda s: policy_pb2_grpc.add_PolicyServicer_to_server(servicer, s),  # type: ignore[no-untyped-call]
@@ -54,6 +72,8 @@ def serve(settings: VlaSettings) -> None:
     stop.wait()
     log.info("stopping")
     health.enter_graceful_shutdown()
+    for close in closers:
+        close()
     server.stop(GRACE_SECONDS).wait()
     batcher.close()
     http.shutdown()

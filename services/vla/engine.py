@@ -35,12 +35,16 @@ class ActJob:
 
 @dataclass(frozen=True)
 class Chunks:
-    """float32 (B, M, A) each, in the simulator's action units; combined = clip(base + residual)."""
+    """float32 (B, M, A) each, in the simulator's action units; combined = clip(base + residual).
+
+    plans: what the base alone would do from now on, a row each, float32 (>= M, A): its first M actions are `base`.
+    """
 
     base: FloatArray
     residual: FloatArray
     combined: FloatArray
     version: int
+    plans: tuple[FloatArray, ...] = ()
 
 
 class Engine:
@@ -52,11 +56,21 @@ class Engine:
     def compute(self, jobs: Sequence[ActJob]) -> list[Chunks | Exception]:
         """One batch. A residual that fails spoils only the requests that asked for it."""
         rows = Observations.join([job.observations for job in jobs])
-        base = self.policy.act(rows.grids, rows.states, rows.instructions)
+        try:
+            plans = self.policy.plan(rows.grids, rows.states, rows.instructions, rows.turns)
+        except RpcError as error:  # of a policy elsewhere
+            if len(jobs) > 1 and error.code == grpc.StatusCode.INTERNAL:  # perhaps one job's fault: the others must not suffer
+                return [self.compute([job])[0] for job in jobs]
+            log.warning("the base policy did not answer", policy=self.policy.spec.name, reason=str(error))
+            return [error] * len(jobs)
+        base = np.stack([plan[: self.policy.spec.chunk] for plan in plans])
         ends = np.cumsum([len(job) for job in jobs])
         places = [np.arange(end - len(job), end) for job, end in zip(jobs, ends, strict=True)]
         latents = self._latents(rows, [p for job, p in zip(jobs, places, strict=True) if job.residual and job.residual.latents])
-        results: list[Chunks | Exception] = [Chunks(base[p], np.zeros_like(base[p]), base[p], 0) for p in places]
+        ahead = [tuple(plans[i] for i in p) for p in places]
+        results: list[Chunks | Exception] = [
+            Chunks(base[p], np.zeros_like(base[p]), base[p], 0, rest) for p, rest in zip(places, ahead, strict=True)
+        ]
         for residual in {job.residual for job in jobs if job.residual}:
             members = [i for i, job in enumerate(jobs) if job.residual is residual]
             where = np.concatenate([places[i] for i in members])
@@ -74,7 +88,7 @@ class Engine:
                 continue
             parts = np.split(both, np.cumsum([len(jobs[i]) for i in members])[:-1])
             for i, part in zip(members, parts, strict=True):
-                results[i] = Chunks(base[places[i]], part[:, 0], part[:, 1], residual.version)
+                results[i] = Chunks(base[places[i]], part[:, 0], part[:, 1], residual.version, ahead[i])
         return results
 
     def _latents(self, rows: Observations, places: Sequence[npt.NDArray[np.int64]]) -> FloatArray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,28 +13,38 @@ import numpy.typing as npt
 from services.runtime.generated import policy_pb2
 from services.runtime.tensors import from_tensor
 from services.vla.policies.base import PolicySpec
+from services.vla.policies.plans import NOWHERE, Turn
 from world2act.data.grid import stitch
 from world2act.types import FloatArray, ImageArray
 
 MAX_INSTRUCTION = 500
 NAMESPACE = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$")
+EPISODE = re.compile(r"^[A-Za-z0-9._-]{0,80}$")
 DEFAULT_NAMESPACE = "default"
 
 
 @dataclass(frozen=True)
 class Observations:
-    """B rows. grids: uint8 (B, H, W, 3), all cameras in one image; states: float32 (B, S); one instruction a row."""
+    """B rows. grids: uint8 (B, H, W, 3), all cameras in one image; states: float32 (B, S); one instruction a row.
+
+    turns: where each row stands in its episode; none: every row is on its own.
+    """
 
     grids: ImageArray
     states: FloatArray
     instructions: tuple[str, ...]
+    turns: tuple[Turn, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "turns", self.turns or (NOWHERE,) * len(self.instructions))
 
     def __len__(self) -> int:
         return len(self.instructions)
 
     def take(self, where: npt.NDArray[np.int64]) -> Observations:
         """The rows numbered `where`."""
-        return Observations(self.grids[where], self.states[where], tuple(self.instructions[i] for i in where))
+        texts = tuple(self.instructions[i] for i in where)
+        return Observations(self.grids[where], self.states[where], texts, tuple(self.turns[i] for i in where))
 
     @staticmethod
     def join(parts: Sequence[Observations]) -> Observations:
@@ -44,6 +55,7 @@ class Observations:
             np.concatenate([p.grids for p in parts]),
             np.concatenate([p.states for p in parts]),
             tuple(text for p in parts for text in p.instructions),
+            tuple(turn for p in parts for turn in p.turns),
         )
 
 
@@ -59,14 +71,23 @@ def read_observations(observations: Sequence[policy_pb2.Observation], spec: Poli
     """Raises ValueError naming row and field: cameras, image size, dtype, state size, NaN, instruction, number of rows."""
     if not 1 <= len(observations) <= limit:
         raise ValueError(f"observations: must be 1 to {limit} in one request, got {len(observations)}")
-    rows = [_read_row(o, spec, f"observations[{i}]") for i, o in enumerate(observations)]
-    images = {camera: np.stack([images[camera] for images, _, _ in rows]) for camera in spec.cameras}
+    names = [f"observations[{i}]" for i in range(len(observations))]
+    rows = [_read_images(o, spec, name) for o, name in zip(observations, names, strict=True)]
+    images = {camera: np.stack([row[camera] for row in rows]) for camera in spec.cameras}
     return Observations(
-        stitch(images, spec.cameras), np.stack([state for _, state, _ in rows]), tuple(text for _, _, text in rows)
+        stitch(images, spec.cameras),
+        np.stack(
+            [
+                check_state(from_tensor(o.state, f"{n}.state"), spec, f"{n}.state")
+                for o, n in zip(observations, names, strict=True)
+            ]
+        ),
+        tuple(check_instruction(o.instruction, f"{n}.instruction") for o, n in zip(observations, names, strict=True)),
+        tuple(_read_turn(o, n) for o, n in zip(observations, names, strict=True)),
     )
 
 
-def _read_row(observation: policy_pb2.Observation, spec: PolicySpec, field: str) -> tuple[dict[str, ImageArray], FloatArray, str]:
+def _read_images(observation: policy_pb2.Observation, spec: PolicySpec, field: str) -> dict[str, ImageArray]:
     for camera in spec.cameras:
         if camera not in observation.images:
             raise ValueError(f"{field}.images: camera {camera!r} is missing; needed are {', '.join(spec.cameras)}")
@@ -81,11 +102,19 @@ def _read_row(observation: policy_pb2.Observation, spec: PolicySpec, field: str)
         if image.shape != (spec.height, spec.width, 3):
             raise ValueError(f"{name}: shape must be ({spec.height}, {spec.width}, 3), got {image.shape}")
         images[camera] = image
-    return images, _read_state(observation, spec, f"{field}.state"), _read_instruction(observation, f"{field}.instruction")
+    return images
 
 
-def _read_state(observation: policy_pb2.Observation, spec: PolicySpec, name: str) -> FloatArray:
-    state = from_tensor(observation.state, name)
+def _read_turn(observation: policy_pb2.Observation, field: str) -> Turn:
+    if not EPISODE.match(observation.episode):
+        raise ValueError(f"{field}.episode: must be at most 80 of A-Z a-z 0-9 . _ -, got {observation.episode[:80]!r}")
+    if observation.step < 0:
+        raise ValueError(f"{field}.step: must be >= 0, got {observation.step}")
+    return Turn(observation.episode, observation.step)
+
+
+def check_state(state: npt.NDArray[Any], spec: PolicySpec, name: str) -> FloatArray:
+    """`state` if it is finite float32 (S,). Raises ValueError."""
     if state.dtype != np.float32:
         raise ValueError(f"{name}: dtype must be float32, got {state.dtype}")
     if state.shape != (spec.state_size,):
@@ -95,8 +124,8 @@ def _read_state(observation: policy_pb2.Observation, spec: PolicySpec, name: str
     return state
 
 
-def _read_instruction(observation: policy_pb2.Observation, name: str) -> str:
-    text = observation.instruction
+def check_instruction(text: str, name: str) -> str:
+    """`text` if it is a usable instruction. Raises ValueError."""
     if not text.strip():
         raise ValueError(f"{name}: must not be empty")
     if len(text) > MAX_INSTRUCTION:

@@ -77,6 +77,10 @@ class PolicyServicer(policy_pb2_grpc.PolicyServicer):
             chunk=spec.chunk,
             versions=[0, *self.versions.loaded(DEFAULT_NAMESPACE)],
             max_batch=self.max_batch,
+            horizon=spec.horizon,
+            action_low=spec.low,
+            action_high=spec.high,
+            cells=spec.cameras.values(),
         )
 
     @door

@@ -18,6 +18,7 @@ from services.runtime.artifacts import ArtifactStore, content_key
 from services.runtime.messages import ImagineRequest
 from services.worldmodel.backbones import Frames, Latents
 from services.worldmodel.client import MAX_ROWS, Served
+from world2act.data.grid import letterbox
 
 
 class ServedChangedError(Exception):
@@ -75,6 +76,8 @@ def read_task(request: ImagineRequest, store: ArtifactStore, served: Served, fps
     if "frames" not in tensors:
         raise ValueError(f"starts: {request.starts} has no tensor 'frames', only {', '.join(sorted(tensors))[:200]}")
     frames, expected = tensors["frames"], (len(request.skills), *served.worldmodel.frame_shape)
+    if served.worldmodel.letterboxes and frames.ndim == 4 and frames.dtype == np.uint8 and frames.shape[-1] == 3:
+        frames = letterbox(frames, *expected[1:3])
     if frames.dtype != np.uint8 or frames.shape != expected:
         raise ValueError(f"starts: frames must be uint8 {expected} (one per row of skills), got {frames.dtype} {frames.shape}")
     limit = served.worldmodel.max_horizon
@@ -139,16 +142,17 @@ def _group(row: _Row, skill: int) -> _Group:
 
 
 def imagine(tasks: Sequence[Task], generate: Generate, served: Served) -> list[Imagined]:
-    """Imagine all rows of all tasks, at most 64 rows a call. Raises what `generate` raises, and ServedChangedError."""
+    """Imagine all rows of all tasks, as many a call as the world model takes. Raises what `generate` raises, and
+    ServedChangedError."""
     rows = [_Row(task, i, frame) for task in tasks for i, frame in enumerate(task.frames)]
-    skill = 0
+    skill, rows_a_call = 0, min(MAX_ROWS, served.worldmodel.rows)
     while active := [row for row in rows if skill < len(row.task.request.skills[row.index])]:
         groups: dict[_Group, list[_Row]] = defaultdict(list)
         for row in active:
             groups[_group(row, skill)].append(row)
         for group, members in groups.items():
-            for first in range(0, len(members), MAX_ROWS):
-                _generate(group, members[first : first + MAX_ROWS], skill, generate, served)
+            for first in range(0, len(members), rows_a_call):
+                _generate(group, members[first : first + rows_a_call], skill, generate, served)
         skill += 1
     return [_join(task, [row for row in rows if row.task is task], served) for task in tasks]
 

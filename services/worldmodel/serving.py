@@ -15,15 +15,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from services.worldmodel.backbones import Backbone, Frames, Latents, load_backbone, weights_hash
+from services.worldmodel.backbones import Backbone, BackboneMemoryError, Frames, Latents, load_backbone, weights_hash
 from services.worldmodel.settings import WorldModelSettings
 from world2act.models.adapters import Adapters
+from world2act.types import M
 
 MAX_GUIDANCE = 100.0
 FRAMES = frozenset({"last_frame", "frames"})
 DECODE: dict[int, frozenset[str]] = {0: frozenset(), 1: frozenset({"last_frame"}), 2: FRAMES}
 """The input `decode` -> the decoded outputs it allows."""
-Answer = dict[str, npt.NDArray[Any]] | ValueError
+Answer = dict[str, npt.NDArray[Any]] | ValueError | BackboneMemoryError
+"""Named arrays; or the caller's fault; or ours."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class WorldModelServer:
         for members in groups.values():
             try:
                 computed = self._imagine([calls[i] for i in members])
-            except ValueError:  # one bad call must not spoil the others'
+            except (ValueError, BackboneMemoryError):  # one bad call must not spoil the others'
                 computed = [self._alone(calls[i]) for i in members]
             answers.update(zip(members, computed, strict=True))
         for i, call in enumerate(calls):
@@ -98,7 +100,7 @@ class WorldModelServer:
     def _alone(self, call: Call) -> Answer:
         try:
             return self._imagine([call])[0]
-        except ValueError as error:
+        except (ValueError, BackboneMemoryError) as error:
             return error
 
     def _describe(self, answer: Answer, rows: int) -> None:
@@ -165,10 +167,21 @@ def device_of(instance_kind: str) -> str:
 
 
 def load_worldmodel(device: str) -> WorldModelServer:
-    """From the folder W2A_ZOO with the backbone W2A_BACKBONE."""
+    """The backbone W2A_BACKBONE. Raises ValueError for one whose latents pair with no action chunk."""
     settings = WorldModelSettings()
     torch.set_num_threads(settings.torch_threads)
-    return WorldModelServer(load_backbone(settings.backbone, settings.zoo, device))
+    return WorldModelServer(check_compression(load_backbone(settings, device)))
+
+
+def check_compression(backbone: Backbone) -> Backbone:
+    """Raise ValueError unless one latent shows the result of one action chunk (METHOD section 0)."""
+    found = backbone.info.temporal_compression
+    if found != M:
+        raise ValueError(
+            f"W2A_BACKBONE: the VAE of {backbone.info.name} makes one latent of {found} frames, but an action chunk is M = {M} "
+            "actions: its latents pair with no chunk. It can be fine-tuned and measured, not used for Stage 1 and Stage 2"
+        )
+    return backbone
 
 
 def load_video_adapter(device: str) -> VideoAdapterServer:
@@ -176,5 +189,5 @@ def load_video_adapter(device: str) -> VideoAdapterServer:
     settings = WorldModelSettings()
     torch.set_num_threads(settings.torch_threads)
     adapters = Adapters.load(settings.zoo / "adapters.safetensors")
-    adapters.check_worldmodel(weights_hash(settings.backbone, settings.zoo))
+    adapters.check_worldmodel(weights_hash(settings, device))
     return VideoAdapterServer(adapters, device)

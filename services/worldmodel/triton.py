@@ -97,7 +97,8 @@ def check_ports(settings: WorldModelSettings) -> None:
 
 def check_weights(settings: WorldModelSettings) -> None:
     """Raise TritonError when a weights file is missing: clearer than the failed load that would follow."""
-    for name in ("worldmodel.safetensors", "adapters.safetensors"):
+    own = settings.backbone == "small" and not settings.backbone_model
+    for name in ("worldmodel.safetensors", "adapters.safetensors")[not own :]:
         if not (settings.zoo / name).is_file():
             raise TritonError(
                 f"triton: {settings.zoo / name} is missing; W2A_ZOO names the folder of the weights (make zoo builds it)"

@@ -1,8 +1,13 @@
-"""What any base policy must satisfy. A new policy adds its name and how to build it to `BUILDERS`."""
+"""What any base policy must satisfy. A new policy adds its name and how to build it to `BUILDERS`.
+
+Policies that run elsewhere talk to a server of their documented protocol around a made-up policy (tests/policy_servers.py), each
+once in LIBERO's layout and once in RoboCasa's. `remote` talks to a real server of ours. `lerobot` needs LeRobot's environment.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +16,18 @@ import torch
 
 from services.vla.policies import base
 from services.vla.policies.base import BasePolicy
+from services.vla.policies.plans import Turn
 from services.vla.settings import VlaSettings
+from tests.lerobot_policy import save_tiny_act
+from tests.policy_servers import SERVERS, Brain
+from tests.vla_server import serving_tiny
 from world2act.models.tiny_policy import TinyPolicy
 from world2act.types import FloatArray, ImageArray
 
 INSTRUCTIONS = ("open the drawer", "push the puck to the green goal", "close the drawer", "x" * 500)
 
 
-def tiny(folder: Path) -> VlaSettings:
+def tiny(folder: Path, stack: ExitStack) -> VlaSettings:
     """Random weights, large enough that some actions reach their limits."""
     torch.manual_seed(0)
     policy = TinyPolicy()
@@ -27,16 +36,43 @@ def tiny(folder: Path) -> VlaSettings:
     return VlaSettings(zoo=folder)
 
 
-BUILDERS: dict[str, Callable[[Path], VlaSettings]] = {"tiny": tiny}
+def elsewhere(name: str, robot: str) -> Callable[[Path, ExitStack], VlaSettings]:
+    """A policy behind a protocol, with its server."""
+
+    def build(folder: Path, stack: ExitStack) -> VlaSettings:
+        address = stack.enter_context(SERVERS[name](Brain(name, robot)))
+        return VlaSettings(vla_policy=name, vla_remote=address, vla_layout=robot, vla_image_size=24, vla_remote_timeout=10)
+
+    return build
+
+
+def remote(folder: Path, stack: ExitStack) -> VlaSettings:
+    """Another server of ours, which runs the tiny policy."""
+    return VlaSettings(vla_policy="remote", vla_remote=stack.enter_context(serving_tiny(folder)), vla_remote_timeout=10)
+
+
+def lerobot(folder: Path, stack: ExitStack) -> VlaSettings:
+    """LeRobot's ACT, small, random weights, saved and loaded."""
+    save_tiny_act(folder)
+    return VlaSettings(vla_policy="lerobot", vla_base=str(folder), vla_layout="libero", vla_image_size=24)
+
+
+BUILDERS: dict[str, Callable[[Path, ExitStack], VlaSettings]] = {
+    "tiny": tiny,
+    "remote": remote,
+    "lerobot": lerobot,
+    **{f"{name}, {robot}": elsewhere(name, robot) for name in SERVERS for robot in ("libero", "robocasa")},
+}
 
 
 def test_every_registered_policy_is_tested_here() -> None:
-    assert set(BUILDERS) == set(base.REGISTRY)
+    assert {name.split(",")[0] for name in BUILDERS} == set(base.REGISTRY)
 
 
 @pytest.fixture(scope="module", params=sorted(BUILDERS))
-def policy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> BasePolicy:
-    return base.make(BUILDERS[request.param](tmp_path_factory.mktemp(request.param)))
+def policy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[BasePolicy]:
+    with ExitStack() as stack:
+        yield base.make(BUILDERS[request.param](tmp_path_factory.mktemp("policy"), stack))
 
 
 def rows(policy: BasePolicy, count: int, seed: int = 0) -> tuple[ImageArray, FloatArray, list[str]]:
@@ -55,7 +91,7 @@ def test_spec_is_complete_and_constant(policy: BasePolicy) -> None:
     assert spec == policy.spec
     assert spec.name in base.REGISTRY and len(spec.hash) == 64
     assert spec.cameras and len(set(spec.cameras.values())) == len(spec.cameras) and set(spec.cameras.values()) <= {0, 1, 2, 3}
-    assert min(spec.height, spec.width, spec.state_size, spec.action_size, spec.chunk) >= 1
+    assert min(spec.height, spec.width, spec.state_size, spec.action_size, spec.chunk) >= 1 and spec.horizon >= spec.chunk
     assert len(spec.low) == len(spec.high) and all(low < high for low, high in zip(spec.low, spec.high, strict=True))
 
 
@@ -88,8 +124,30 @@ def test_a_row_depends_on_itself_alone(policy: BasePolicy) -> None:
     assert np.abs(shuffled - together[order]).max() <= tolerance
 
 
+def test_an_episode_runs_its_plan_to_the_end(policy: BasePolicy) -> None:
+    """Chunks of M out of one plan while it lasts, whatever is seen meanwhile; then, and at every new start, a new one."""
+    spec, seen = policy.spec, [rows(policy, 1, seed) for seed in range(4)]
+    texts = seen[0][2]
+
+    def at(step: int, number: int, episode: str = "e") -> FloatArray:
+        return policy.act(seen[number][0], seen[number][1], texts, [Turn(episode, step)])[0]
+
+    (plan,) = policy.plan(seen[0][0], seen[0][1], texts)
+    whole = len(plan) // spec.chunk  # chunks in a plan
+    assert np.array_equal(at(0, 0), plan[: spec.chunk])
+    for number in range(1, whole):
+        expected = plan[number * spec.chunk : (number + 1) * spec.chunk]
+        assert np.array_equal(at(number * spec.chunk, 1), expected)
+        assert np.array_equal(at(number * spec.chunk, 2), expected), "asked again: the same"
+    assert np.array_equal(at(whole * spec.chunk, 3), policy.act(seen[3][0], seen[3][1], texts)[0]), "the plan is used up"
+    assert np.array_equal(at(0, 1), policy.act(seen[1][0], seen[1][1], texts)[0]), "a new episode"
+    assert np.array_equal(at(spec.chunk, 2, "unknown"), policy.act(seen[2][0], seen[2][1], texts)[0])
+
+
 @pytest.mark.parametrize("part", [0, 1, 2])
 def test_image_state_and_instruction_are_all_read(policy: BasePolicy, part: int) -> None:
+    if part == 2 and policy.spec.name == "lerobot":
+        pytest.skip("the policy here is ACT, which reads no instruction")
     one, other = rows(policy, 1, 0), rows(policy, 1, 1)
     other[2][0] = INSTRUCTIONS[1]
     mixed = [other[i] if i == part else one[i] for i in range(3)]
@@ -130,13 +188,13 @@ class Broken(BasePolicy):
 
 def test_a_policy_that_breaks_its_promise_is_caught(policy: BasePolicy) -> None:
     spec = policy.spec
-    shape = (spec.chunk, spec.action_size)
+    shape = (spec.horizon, spec.action_size)
     with pytest.raises(RuntimeError, match="not finite"):
         Broken(policy, np.full(shape, np.nan, np.float32)).act(*rows(policy, 2))
     with pytest.raises(RuntimeError, match="actions are float64"):
         Broken(policy, np.zeros(shape)).act(*rows(policy, 2))
     with pytest.raises(RuntimeError, match="actions are float32"):
-        Broken(policy, np.zeros((spec.chunk + 1, spec.action_size), np.float32)).act(*rows(policy, 2))
+        Broken(policy, np.zeros((spec.horizon + 1, spec.action_size), np.float32)).act(*rows(policy, 2))
     assert (Broken(policy, np.full(shape, 1e9, np.float32)).act(*rows(policy, 2)) == np.float32(spec.high)).all()
 
 

@@ -24,7 +24,7 @@ from world2act import __version__
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1800)]
 OURS = sorted({s["image"] for n, s in COMPOSE["services"].items() if "build" in s and n != "triton-gpu"})
-LIMITS_MB = {"gateway": 250, "segmenter": 400, "worldmodel": 600, "simulator": 1200, "cli": 1500}
+LIMITS_MB = {"gateway": 250, "segmenter": 800, "worldmodel": 600, "simulator": 1200, "cli": 1500}
 """Largest images; those with torch (CPU) may have 2,000."""
 
 ROLLOUT = {"task": "drawer-open", "split": "posttrain", "indices": [0, 1], "mode": "both", "version": 0, "video": True, "seed": 3}

@@ -33,17 +33,20 @@ GRASP = np.r_[np.full(20, OPEN), np.linspace(OPEN, 0.035, 6), np.full(23, 0.035)
 
 
 def hdf5(widths: list[np.ndarray], instruction: str = "push the puck to the goal", task: str = "push") -> bytes:
-    """A demonstration file with widths only."""
+    """A demonstration file of ours, without images: nothing here looks at them."""
     buffer = io.BytesIO()
+    own = {"env_name": task, "simulator": "metaworld", "control_hz": 40.0, "chunk": 4, "cameras": {"primary": 0}}
     with h5py.File(buffer, "w") as file:
         data = file.create_group("data")
-        data.attrs["env_args"] = json.dumps({"gripper_open_width": OPEN})
+        data.attrs["env_args"] = json.dumps({**own, "gripper_open_width": OPEN, "gripper_width_index": 0})
+        data.attrs["split"] = "validation"
         for i, w in enumerate(widths):
             demo = data.create_group(f"demo_{i}")
-            demo.attrs.update({"task": task, "instruction": instruction})
+            demo.attrs.update({"task": task, "instruction": instruction, "index": i, "success": True, "perturbed": False})
+            demo.attrs["num_samples"] = len(w) - 1
             demo["actions"] = np.zeros((len(w) - 1, 4), np.float32)
-            demo["obs/gripper_width"] = w[:-1].astype(np.float32)
-            demo["final_obs/gripper_width"] = np.float32(w[-1])
+            for key, values in (("gripper_width", w.astype(np.float32)), ("state", w.astype(np.float32)[:, None])):
+                demo[f"obs/{key}"], demo[f"final_obs/{key}"] = values[:-1], values[-1]
     return buffer.getvalue()
 
 
@@ -199,10 +202,10 @@ def no_demos(file: h5py.File) -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (external_link, "/data/demo_0/obs/gripper_width: is a link"),
-        (external_storage, "its values lie in another file"),
-        (no_widths, "/data/demo_0/obs/gripper_width: is missing"),
-        (wrong_length, "demo_0: gripper_width_m: has 49 values, but the episode has 8 frames"),
+        (external_link, "episode: demo_0: the file: /data/demo_0: obs/gripper_width is a link"),
+        (external_storage, "/data/demo_0/obs/gripper_width: is stored in another file"),
+        (no_widths, "the file: /data/demo_0: dataset obs/gripper_width is missing"),
+        (wrong_length, "the file: /data/demo_0: num_samples differs from the 7 actions stored"),
         (no_demos, "holds no demonstration"),
     ],
 )
@@ -215,7 +218,8 @@ def test_bad_files(running: Rig, change: Any, expected: str) -> None:
 
 
 def test_not_hdf5_and_truncated(running: Rig) -> None:
-    assert "is not an HDF5 file" in running.ask({"episode_uri": running.store.put(b"PK" * 99, "hdf5")})["error"]
+    said = running.ask({"episode_uri": running.store.put(b"PK" * 99, "hdf5")})["error"]
+    assert said == "episode: the file: is not an HDF5 file"
     whole = hdf5([GRASP] * 20)
     for part in (whole[:100], whole[: len(whole) // 2], whole[:-200]):
         assert "truncated or damaged" in running.ask({"episode_uri": running.store.put(part, "hdf5")})["error"]

@@ -27,6 +27,7 @@ from services.runtime.rpc import connect_channel, healthy
 from services.runtime.tensors import from_tensor, to_tensor
 from services.simulator.envs import base
 from tests.processes import free_port, wait_for
+from tests.stand_ins import packages
 from world2act.splits import Split, scene_seed
 from world2act.types import FloatArray
 
@@ -62,10 +63,12 @@ class Service:
 
 
 @contextmanager
-def running(environments: int = 2, **settings: object) -> Iterator[Service]:
+def running(environments: int = 2, path: str = "", **settings: object) -> Iterator[Service]:
+    """path: packages that come before the installed ones."""
     port, metrics = free_port(), free_port()
     variables = {"SIMULATOR_PORT": port, "METRICS_PORT": metrics, "SIMULATOR_ENVIRONMENTS": environments, **settings}
     environment = {**os.environ, **{f"W2A_{name}": str(value) for name, value in variables.items()}}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (path, environment.get("PYTHONPATH"))))
     process = subprocess.Popen([sys.executable, "-m", "services.simulator"], env=environment)
     address = f"127.0.0.1:{port}"
     try:
@@ -295,10 +298,26 @@ def test_a_killed_server_takes_its_environments_along() -> None:
         assert children and not psutil.wait_procs(children, timeout=TIMEOUT)[1]
 
 
+def test_robocasas_words_of_a_scene_pass_the_door() -> None:
+    """Its adapter on a stand-in: every scene has its own instruction."""
+    settings = {"SIMULATOR_NAME": "robocasa", "ROBOCASA_IMAGE_SIZE": 32}
+    with running(1, str(packages.folder("robocasa")), **settings) as service:
+        reply = service.stub.Describe(pb.DescribeRequest())
+        assert [(c.name, c.cell) for c in reply.cameras] == [("left", 0), ("right", 1), ("wrist", 2)]
+        assert len(reply.tasks) == 24 and len(reply.action) == 12
+        first = service.reset("PnPCounterToCab")
+        told = {service.reset("PnPCounterToCab", index, env_id=first.env_id).instruction for index in range(6)}
+        assert len(told) > 1 and all(words.startswith("pick the ") for words in told)
+        actions = np.full((4, 12), 0.1, np.float32)
+        result = service.step(first.env_id, actions=actions, frames=pb.FRAMES_ALL).results[0]
+        assert from_tensor(result.images["wrist"]).shape == (4, 32, 32, 3)
+
+
 def test_a_busy_port_and_an_unknown_simulator_end_with_a_sentence(service: Service) -> None:
     for variable, value, words in (
         ("W2A_SIMULATOR_PORT", service.address.split(":")[1], "is another process using the port?"),
         ("W2A_SIMULATOR_NAME", "no-such", "simulator_name: 'no-such' is unknown"),
+        ("W2A_SIMULATOR_NAME", "robocasa365", "robocasa365 needs RoboCasa 1, which is not installed"),
     ):
         environment = {**os.environ, "W2A_SIMULATOR_ENVIRONMENTS": "1", "W2A_METRICS_PORT": str(free_port()), variable: value}
         command = [sys.executable, "-m", "services.simulator"]

@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 import redis
 import torch
+from openpi_client.websocket_client_policy import WebsocketClientPolicy
 
 from services.runtime.generated import policy_pb2
 from services.runtime.generated.policy_pb2_grpc import PolicyStub
 from services.runtime.rpc import connect_channel
 from services.runtime.telemetry import heartbeats
 from services.runtime.tensors import to_tensor
-from tests.processes import ValkeyProcess, wait_for
+from tests.processes import ValkeyProcess, free_port, wait_for
 from tests.vla_server import VlaProcess, failure, make_bundle, observation
 from world2act.bundle import ActionLayout
 from world2act.models import store
@@ -230,5 +231,39 @@ def test_kill_9_then_restart_then_load_again(tmp_path_factory: pytest.TempPathFa
         assert server.spawn().wait(150) == 1
         last = server.log.read_text().strip().splitlines()[-1]
         assert "cannot serve" in last and "adapters: trained on world model" in last
+    finally:
+        server.close()
+
+
+def test_robots_clients_reach_a_server_that_has_no_trainer(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A residual from a file and openpi's own client: what policy.proto answers, the client gets. A public door needs a token."""
+    folder = tmp_path_factory.mktemp("vla-doors")
+    server = VlaProcess(
+        folder, vla_openpi_port=free_port(), vla_door_token="let-me-in", vla_residual=folder / "residual.safetensors"
+    )
+    try:
+        make_bundle(server.origin, 5).save(folder / "residual.safetensors")
+        server.start()
+        row = observation(1)
+        images = {name: np.frombuffer(row.images[name].data, np.uint8).reshape(64, 64, 3) for name in ("primary", "wrist")}
+        client = WebsocketClientPolicy("127.0.0.1", int(str(server.settings["vla_openpi_port"])), "let-me-in")
+        answer = client.infer(
+            {
+                "observation/image": images["primary"],
+                "observation/wrist_image": images["wrist"],
+                "observation/state": np.frombuffer(row.state.data, np.float32),
+                "prompt": row.instruction,
+            }
+        )
+        _, _, combined, version = server.act([1], -1)
+        assert version == answer["policy_version"] == 5 and answer["actions"].tobytes() == combined[0].tobytes()
+        assert server.metrics()['w2a_vla_door_requests_total{door="openpi",outcome="ok"}'] == 1
+        assert server.kill(signal.SIGTERM) == 0  # with a client still connected
+        assert "let-me-in" not in server.log.read_text() and "Traceback" not in server.log.read_text()
+        server.settings |= {"vla_door_token": "", "vla_door_host": "0.0.0.0"}
+        assert server.spawn().wait(150) == 1
+        assert (
+            "vla_door_token: must be set where a door binds more than loopback" in server.log.read_text().strip().splitlines()[-1]
+        )
     finally:
         server.close()

@@ -102,7 +102,7 @@ def test_concurrent_clients_with_different_horizons(triton_server: TritonProcess
         ({"start": starts(65), "prompts": ["a"] * 65, "seeds": [0] * 65}, "1 to 64 rows"),
         ({"horizon": 25}, "horizon: 25 is outside"),
         ({"horizon": 0}, "horizon: 0 is outside"),
-        ({"steps": 0}, "steps: 0 is outside"),
+        ({"steps": -1}, "steps: -1 is outside"),
         ({"guidance": float("nan")}, "guidance: nan is outside"),
     ],
 )

@@ -41,8 +41,8 @@ def make_zoo(folder: Path, seed: int = 0) -> Path:
 class TritonProcess:
     """`python -m services.worldmodel triton` on free ports; it can be killed and started again."""
 
-    def __init__(self, zoo: Path, run_dir: Path) -> None:
-        self.zoo, self.run_dir = zoo, run_dir
+    def __init__(self, zoo: Path, run_dir: Path, settings: dict[str, str] | None = None) -> None:
+        self.zoo, self.run_dir, self.settings = zoo, run_dir, settings or {}
         self.http, self.grpc, self.metrics = free_port(), free_port(), free_port()
         self.address = f"127.0.0.1:{self.grpc}"
         self.log = run_dir / "triton.log"
@@ -57,6 +57,7 @@ class TritonProcess:
             "W2A_TRITON_HTTP_PORT": str(self.http),
             "W2A_TRITON_GRPC_PORT": str(self.grpc),
             "W2A_TRITON_METRICS_PORT": str(self.metrics),
+            **self.settings,
         }
 
     def launch(self) -> subprocess.Popen[bytes]:
@@ -98,8 +99,8 @@ class TritonProcess:
 
 
 @contextmanager
-def running_triton(zoo: Path, run_dir: Path) -> Iterator[TritonProcess]:
-    server = TritonProcess(zoo, run_dir)
+def running_triton(zoo: Path, run_dir: Path, settings: dict[str, str] | None = None) -> Iterator[TritonProcess]:
+    server = TritonProcess(zoo, run_dir, settings)
     try:
         server.start()
         yield server

@@ -94,7 +94,7 @@ BAD_SEGMENTS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"instruction": "open it", "gripper_width_m": [0.1] * 3, "commanded_width_m": [0.1]}, ("commanded_width_m", "3")),
     ({"instruction": "open it", "gripper_width_m": "wide"}, ("gripper_width_m", "array")),
     ({"instruction": "open it", "demo": "demo_0"}, ("demo", "episode")),
-    ({"episode": "a.hdf5", "demo": "../x"}, ("demo", "pattern")),
+    ({"episode": "a.hdf5", "demo": "a\nb"}, ("demo", "pattern")),
     ({"instruction": "open it", "colour": "red"}, ("colour",)),
 ]
 
@@ -184,18 +184,31 @@ def test_episodes_that_refer_to_other_files_are_refused(client: TestClient, tmp_
     refused(bomb, "expands")
 
 
-def test_episode_paths_stay_in_the_data_folder(client: TestClient, data: Path) -> None:
+def test_episode_paths_stay_in_the_data_folder(client: TestClient, data: Path, valkey: redis.Redis) -> None:
     write_episode(data.parent / "outside.hdf5")
     write_episode(data / "inside.hdf5")
     (data / "link.hdf5").symlink_to(data.parent / "outside.hdf5")
     assert client.post("/segment", json={"episode": "inside.hdf5"}).status_code == 202
+    (data / "set/meta").mkdir(parents=True)
+    (data / "set/meta/info.json").write_text("{}")
+    assert client.post("/segment", json={"episode": "set", "demo": "episode_000003"}).status_code == 202
+    message = json.loads(str(valkey.lindex("segment", 0)))
+    request = json.loads(base64.b64decode(message["body"]))[1]["request"]
+    before = request.pop("episode_stamp")
+    assert request == {"episode_path": "set", "demo": "episode_000003"}, "by its place: nothing is copied"
+    (data / "set/meta/info.json").write_text('{"fps": 20}')
+    assert client.post("/segment", json={"episode": "set"}).status_code == 202
+    message = json.loads(str(valkey.lindex("segment", 0)))
+    assert json.loads(base64.b64decode(message["body"]))[1]["request"]["episode_stamp"] != before, (
+        "changed data is another request"
+    )
     for path in ("../outside.hdf5", str(data.parent / "outside.hdf5"), "link.hdf5", "a/../../outside.hdf5"):
         problem(client.post("/segment", json={"episode": path}), 400, "episode", "outside")
     problem(client.post("/segment", json={"episode": "a\x00b"}), 400, "episode")
     problem(client.post("/segment", json={"episode": "missing.hdf5"}), 404, "episode")
     problem(client.post("/stage1", json={"demos": "../.."}), 400, "demos", "outside")
     write_episode(data / "large.hdf5", noise=300_000)
-    problem(client.post("/segment", json={"episode": "large.hdf5"}), 413, "200000")
+    assert client.post("/segment", json={"episode": "large.hdf5"}).status_code == 202, "the limit is of uploads"
 
 
 def test_bodies_over_the_limit_are_413(client: TestClient) -> None:

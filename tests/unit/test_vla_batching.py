@@ -129,6 +129,8 @@ def observation(**changes: object) -> policy_pb2.Observation:
         images={name: to_tensor(image) for name, image in images.items()},
         state=to_tensor(np.asarray(values["state"])),
         instruction=str(values["instruction"]),
+        episode=str(values.get("episode", "")),
+        step=int(str(values.get("step", 0))),
     )
 
 
@@ -157,6 +159,8 @@ IMAGE = np.zeros((4, 4, 3), np.uint8)
         ({"state": np.zeros(2, np.float64)}, "state: dtype must be float32, got float64"),
         ({"state": np.array([0.0, np.nan], np.float32)}, "state: must be finite, got NaN or infinity at index 1"),
         ({"instruction": " \n"}, "instruction: must not be empty"),
+        ({"episode": "../x"}, r"observations\[1\].episode: must be at most 80 of"),
+        ({"episode": "e", "step": -1}, r"observations\[1\].step: must be >= 0, got -1"),
         ({"instruction": "x" * 10_000}, "instruction: must have at most 500 characters, got 10000"),
     ],
 )

@@ -24,10 +24,31 @@ from world2act.segmentation import OnlineSkill, RuleBasedPlanner, Segmentation, 
 from world2act.splits import Split
 from world2act.types import BoolArray, Clip, Episode, FloatArray, ImageArray, M, Skill
 
+CELLS = ({"primary": 0, "wrist": 1}, {"left": 0, "right": 1, "wrist": 2}, {"primary": 0})
+"""Camera -> place in the grid (paper supplement E): Meta-World and LIBERO, RoboCasa, one camera alone."""
+
 
 def camera_grid(episode: Episode, cells: dict[str, int] | None = None) -> ImageArray:
-    """An episode's cameras as one grid, uint8 (T+1, H, W, 3); `cells` defaults to primary top-left, wrist top-right."""
-    return stitch(episode.images, cells or {"primary": 0, "wrist": 1})
+    """An episode's cameras as one grid, uint8 (T+1, H, W, 3); `cells` defaults to those of CELLS with the episode's cameras.
+
+    An episode of the authors' clips is a grid already. Raises ValueError for other cameras.
+    """
+    if set(episode.images) == {"grid"}:
+        return episode.images["grid"]
+    known = next((c for c in CELLS if set(c) == set(episode.images)), CELLS[0])
+    return stitch(episode.images, cells or known)
+
+
+def skills_of(episode: Episode, segmented: bool = True) -> tuple[tuple[Skill, ...], bool]:
+    """The skills of an episode, and whether the segmenter discarded it (they are then as it lived them, and may be none).
+
+    `segmented` false: one clip with the instruction as the prompt, the data of Base-WM (METHOD section 2). A clip of the authors'
+    folders is one skill.
+    """
+    if not segmented or set(episode.images) == {"grid"}:
+        return (Skill(episode.instruction, 0, len(episode.actions), "not segmented"),), False
+    found = segment_episode(episode).skills
+    return (found, False) if found else (lived_skills(episode), True)
 
 
 def lived_skills(episode: Episode) -> tuple[Skill, ...]:
@@ -115,11 +136,8 @@ def read_cut(
         counts[episode.task] = counts.get(episode.task, 0) + 1
         if limit is not None and counts[episode.task] > limit:
             continue
-        whole = (Skill(episode.instruction, 0, len(episode.actions), "not segmented"),)
-        skills = segment_episode(episode).skills if segmented else whole
-        if not skills:
-            discarded += 1
-            skills = lived_skills(episode)
+        skills, rejected = skills_of(episode, segmented)
+        discarded += rejected
         if not skills:
             continue  # shorter than a chunk
         perturbed = episode.meta.get("perturbed") == "true"

@@ -83,6 +83,11 @@ class Source(ABC):
     def _read(self, key: str, images: bool) -> Episode:
         """The episode at `key`, which is one of `keys()`."""
 
+    @property
+    def robot(self) -> str:
+        """The robot, or the simulator where that says it, in the data's words; the format's name where the data says nothing."""
+        return self.name
+
     @cached_property
     def fps(self) -> float:
         """Frames a second: that of the first episode that can be read. A world model's frames have one distance in time."""
@@ -137,10 +142,13 @@ class Source(ABC):
 def open_source(path: Path | str, *, split: Split | None = None, format: str | None = None, **options: Any) -> Source:
     """The source at `path`. split: what foreign data may be used for; our own files carry theirs, which must then agree.
 
-    options: the format's own (`LeRobotSource`: gripper). Raises FormatError if there is nothing, no format fits, or `format` is
-    unknown; ValueError if a split is needed.
+    options: the format's own (`LeRobotSource`: gripper). Raises FormatError as `find_format`; ValueError if a split is needed.
     """
-    path = Path(path)
+    return find_format(Path(path), format)(Path(path), split, **options)
+
+
+def find_format(path: Path, format: str | None = None) -> type[Source]:
+    """The kind of source at `path`. Raises FormatError if there is nothing, no format fits, or `format` is unknown."""
     if not path.exists():
         raise FormatError(f"{path.name}: no such file or folder")
     if format is not None and format not in FORMATS:
@@ -154,7 +162,7 @@ def open_source(path: Path | str, *, split: Split | None = None, format: str | N
             known.append(f"{name} (not readable here: {error.name} is missing, pip install 'world2act[data]')")
             continue
         if format or kind.detect(path):
-            return kind(path, split, **options)
+            return kind
         known.append(f"{name} ({kind.signs})")
     raise FormatError(f"{path.name}: no known format fits. Known: {'; '.join(known)}")
 
@@ -192,10 +200,14 @@ def check_episode(episode: Episode, chunk: int = 1, cameras: Collection[str] | N
     ):
         if values.dtype != np.float32 or values.ndim != ndim or len(values) != rows:
             raise ValueError(f"{field}: must be float32 with {ndim} axes and {rows} rows, got {values.dtype} {values.shape}")
-        if not np.isfinite(values).all():
-            raise ValueError(f"{field}: values must be finite")
+        if not (finite := np.isfinite(values)).all():
+            row = int(np.argmin(finite.reshape(rows, -1).all(axis=1)))
+            raise ValueError(f"{field}: values must be finite; row {row} is NaN or infinite")
     if episode.intended is not None and episode.intended.shape != (steps,):
         raise ValueError(f"intended: must be ({steps},), one per action, got {episode.intended.shape}")
+    for name, values in episode.cues.items():
+        if values.dtype != np.float32 or len(values) != steps + 1 or not np.isfinite(values).all():
+            raise ValueError(f"cues[{name!r}]: must be {steps + 1} finite float32 rows, got {values.dtype} {values.shape}")
     if episode.widths.min() < 0 or episode.widths.max() > MAX_WIDTH:
         raise ValueError(
             f"widths: must lie in [0, {MAX_WIDTH}] metres, got up to {episode.widths.max():g}; is the unit millimetres?"

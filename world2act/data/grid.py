@@ -28,3 +28,21 @@ def stitch(images: Mapping[str, ImageArray], cells: Mapping[str, int]) -> ImageA
         row, column = divmod(cells[name], 2)
         grid[..., row * h : (row + 1) * h, column * w : (column + 1) * w, :] = image
     return grid
+
+
+def letterbox(images: ImageArray, height: int, width: int) -> ImageArray:
+    """Images (..., h, w, 3) uint8 -> (..., height, width, 3): scaled to fit, centred on black, never cropped (the authors' code).
+    Images of that size are returned as they are."""
+    h, w = images.shape[-3:-1]
+    if (h, w) == (height, width):
+        return images
+    import torch  # the segmenter stitches too, and has no torch
+
+    scale = min(height / h, width / w)
+    size = (max(1, round(h * scale)), max(1, round(w * scale)))
+    flat = torch.from_numpy(np.ascontiguousarray(images)).reshape(-1, h, w, 3).permute(0, 3, 1, 2).float()
+    scaled = torch.nn.functional.interpolate(flat, size, mode="bilinear", antialias=True, align_corners=False)
+    out = np.zeros((len(flat), height, width, 3), np.uint8)
+    top, left = (height - size[0]) // 2, (width - size[1]) // 2
+    out[:, top : top + size[0], left : left + size[1]] = scaled.round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+    return out.reshape(*images.shape[:-3], height, width, 3)

@@ -124,7 +124,7 @@ class Hdf5Source(Source):
     @classmethod
     def detect(cls, path: Path) -> bool:
         """By the first file that can be opened. Raises FormatError for a single damaged file."""
-        for candidate in _files(path):
+        for candidate in files(path):
             try:
                 with open_file(candidate) as file:
                     return isinstance(file.get("data"), h5py.Group) and cls.detect_file(file)
@@ -134,7 +134,7 @@ class Hdf5Source(Source):
         return False
 
     def keys(self) -> Iterator[str]:
-        for path in _files(self.path):
+        for path in files(self.path):
             name = path.name if self.path.is_file() else path.relative_to(self.path).as_posix()
             try:
                 with open_file(path) as file:
@@ -151,7 +151,8 @@ class Hdf5Source(Source):
             return self._demo(item(file, f"data/{demo}" if demo else "data", h5py.Group, path), path, images)
 
 
-def _files(path: Path) -> list[Path]:
+def files(path: Path) -> list[Path]:
+    """`path` itself, or all files below it that are called HDF5, in sorted order."""
     if path.is_file():
         return [path] if path.suffix in SUFFIXES or h5py.is_hdf5(path) else []
     return sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())

@@ -11,7 +11,7 @@ Gripper widths, in this order: feature observation.gripper_width (our own export
 meta/modality.json puts gripper_qpos; PandaOmron's and LIBERO's known places. Else there are none (NaN): a number that is
 called gripper somewhere may be anything from a percentage to radians.
 
-RoboCasa365 (robot PandaOmron) keeps actions in its own order (ROBOCASA365_ACTION, or as meta/modality.json says); they are put
+RoboCasa365 (robot PandaOmron) keeps actions in its own order (robocasa.COLUMNS_365, or as meta/modality.json says); they are put
 into that of world2act/data/robocasa.py. The two LIBERO conversions in use (observation.images.image, image) are upright but
 mirrored, since their makers turned the images by 180 degrees; nothing in the files says so, and they are left as they are.
 """
@@ -33,14 +33,6 @@ from world2act.data.video import decode_image, read_video
 from world2act.splits import Split
 from world2act.types import Episode, FloatArray, ImageArray
 
-ROBOCASA365_ACTION = {
-    "base_motion": slice(0, 4),
-    "control_mode": slice(4, 5),
-    "end_effector_position": slice(5, 8),
-    "end_effector_rotation": slice(8, 11),
-    "gripper_close": slice(11, 12),
-}
-"""RoboCasa's PandaOmron_modality.json; its states are in the order of robocasa.STATE."""
 CAMERAS = {key: name for name, key in robocasa.CAMERAS.items()} | {"image": "primary", "wrist_image": "wrist", "image2": "wrist"}
 """Feature name (without observation.images.) -> our name; others keep theirs."""
 INFO = ("codebase_version", "fps", "features", "data_path")
@@ -62,6 +54,11 @@ class LeRobotSource(Source):
         self.info = self._info()
         self.features: dict[str, dict[str, Any]] = self.info["features"]
         self.modality = self._modality()
+
+    @property
+    def robot(self) -> str:
+        """robot_type of meta/info.json."""
+        return str(self.info.get("robot_type") or self.name)
 
     @classmethod
     def detect(cls, path: Path) -> bool:
@@ -140,10 +137,11 @@ class LeRobotSource(Source):
             raise FormatError(f"{key}: task_index {columns['task_index'][0]}: no instruction in meta/tasks")
         success = columns.get(SUCCESS)
         order = self._robocasa_order(actions.shape[1])
-        meta = {"fps": f"{self.info['fps']:g}"}
+        meta, cues = {"fps": f"{self.info['fps']:g}"}, {}
         if order:
-            actions = np.concatenate([actions[:, order[part]] for part in robocasa.ACTION], axis=1)
+            actions = robocasa.from_365(actions, order)
             meta |= robocasa.META
+            cues["command"] = robocasa.commands(np.where(actions[:, robocasa.GRIPPER] < 0.5, -1, 1))  # as its simulator reads it
         return Episode(
             task=self._task(row, columns, instruction),
             split=str(self.split),
@@ -155,6 +153,7 @@ class LeRobotSource(Source):
             actions=np.ascontiguousarray(actions[:-1]),
             success=bool(np.any(success)) if success is not None else True,
             meta=meta,
+            cues=cues,
         )
 
     @property
@@ -231,7 +230,7 @@ class LeRobotSource(Source):
             if wrong:
                 raise FormatError(f"{self.path.name}: meta/modality.json: action.{wrong[0]}: wrong columns")
             return parts
-        return ROBOCASA365_ACTION if self.info.get("robot_type") == "PandaOmron" else None
+        return robocasa.COLUMNS_365 if self.info.get("robot_type") == "PandaOmron" else None
 
     def _widths(self, columns: Mapping[str, Any], states: FloatArray, action_size: int) -> FloatArray:
         robot, size = self.info.get("robot_type"), states.shape[1]

@@ -59,6 +59,7 @@ class LiberoSource(hdf5.Hdf5Source):
             actions=actions[1:],
             success=bool(rewards.max(initial=0) > 0),
             meta={"fps": f"{_control_hz(data, path):g}", "state": STATE, "action": ACTION},
+            cues={"command": np.clip(actions[:, 6], -1, 1), "hand": pose[:, :3]},
         )
 
 

@@ -15,7 +15,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -162,6 +164,14 @@ class RobomimicSource(Hdf5Source):
     @classmethod
     def detect_file(cls, file: h5py.File) -> bool:
         return {"split", "env_args"} <= set(file["data"].attrs)
+
+    @cached_property
+    def robot(self) -> str:
+        """The simulator of the first file that can be read."""
+        for path in hdf5.files(self.path):
+            with suppress(FormatError):
+                return str(read_env_args(path)["simulator"])
+        return self.name
 
     def _demo(self, group: h5py.Group, path: Path, images: bool) -> Episode:
         env_args = _env_args(group.file, path)

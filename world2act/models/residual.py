@@ -1,7 +1,7 @@
 """The residual policy of Stage 2 (METHOD section 4): what the frozen base policy should have done differently.
 
-Tokens [action = frozen E_a(base chunk), image, state (, instruction)] -> self-attention, 2 layers, 4 heads, width D -> the
-action token's output -> MLP -> D_a, initialised from Stage 1 and trained further -> residual chunk, normalised.
+Tokens [action = frozen E_a(base chunk), image, state (, instruction)] -> self-attention, 2 layers, 4 heads, width D in the
+paper -> the action token's output -> MLP -> D_a, initialised from Stage 1 and trained further -> residual chunk, normalised.
 
 Start and bound. Stage 1 leaves a D_a that decodes *full* actions: used as it is, an untrained head would add a second base
 action. So the MLP outputs a shift of the base chunk's embedding, its last layer starts at zero, and the residual is
@@ -29,13 +29,14 @@ PIXELS = 256
 
 @dataclass(frozen=True)
 class ResidualSettings:
-    """state_size: S; latent_shape: (C, h, w) of one frame's VAE latent, read when vision is "latent"."""
+    """state_size: S; latent_shape: (C, h, w) of one frame's VAE latent, read when vision is "latent"; width: of the tokens."""
 
     state_size: int = 4
     latent_shape: tuple[int, int, int] = (16, 8, 16)
     vision: Literal["latent", "pixels"] = "latent"
     instruction: bool = True
     bound: float = 1.0
+    width: int = 32
     layers: int = 2
     heads: int = 4
 
@@ -44,12 +45,14 @@ class ResidualSettings:
             raise ValueError(f"vision: must be 'latent' or 'pixels', got {self.vision!r}")
         if not self.bound > 0:
             raise ValueError(f"bound: must be > 0, got {self.bound}")
+        if self.width < 1 or self.width % self.heads:
+            raise ValueError(f"width: must be a multiple of {self.heads} heads, got {self.width}")
 
 
 class PixelEncoder(nn.Module):
-    """METHOD's visual encoder. uint8 (N, H, W, 3), resized to 256x256 -> (N, D)."""
+    """METHOD's visual encoder. uint8 (N, H, W, 3), resized to 256x256 -> (N, width)."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
         self.net = nn.Sequential(
             nn.Conv2d(3, 16, 8, 4),
@@ -58,8 +61,8 @@ class PixelEncoder(nn.Module):
             nn.ReLU(),
             nn.Conv2d(32, 32, 3, 2),
             nn.Flatten(),
-            nn.Linear(6272, size),
-            nn.LayerNorm(size),
+            nn.Linear(6272, width),
+            nn.LayerNorm(width),
         )
 
     def forward(self, frames: Tensor) -> Tensor:
@@ -69,22 +72,20 @@ class PixelEncoder(nn.Module):
 
 
 class LatentEncoder(nn.Module):
-    """A small convolution on the frame's VAE latent: faster and better than pixels at small size. (N, C, h, w) -> (N, D)."""
+    """A small convolution on the frame's VAE latent: faster and better than pixels at small size. (N, C, h, w) -> (N, width)."""
 
-    def __init__(self, shape: tuple[int, int, int], size: int) -> None:
+    def __init__(self, shape: tuple[int, int, int], width: int) -> None:
         super().__init__()
-        channels, height, width = shape
-        cells = ((height + 1) // 2) * ((width + 1) // 2)
+        channels, rows, columns = shape
+        cells = ((rows + 1) // 2) * ((columns + 1) // 2)
         self.net = nn.Sequential(
-            nn.Conv2d(channels, 32, 3, 1, 1),
+            nn.Conv2d(channels, 64, 3, 1, 1),
             nn.ReLU(),
-            nn.Conv2d(32, 32, 3, 2, 1),
+            nn.Conv2d(64, 64, 3, 2, 1),
             nn.ReLU(),
             nn.Flatten(),
-            nn.Linear(32 * cells, 128),
-            nn.ReLU(),
-            nn.Linear(128, size),
-            nn.LayerNorm(size),
+            nn.Linear(64 * cells, width),
+            nn.LayerNorm(width),
         )
 
     def forward(self, latents: Tensor) -> Tensor:
@@ -103,15 +104,17 @@ class ResidualPolicy(nn.Module):
         self.settings = settings
         self.action_adapter = copy.deepcopy(action_adapter).requires_grad_(False)
         self.decoder = copy.deepcopy(decoder).requires_grad_(True)
-        self.state = nn.Sequential(nn.Linear(settings.state_size, 128), nn.ReLU(), nn.Linear(128, size), nn.LayerNorm(size))
-        self.vision = LatentEncoder(settings.latent_shape, size) if settings.vision == "latent" else PixelEncoder(size)
-        self.words = WordEmbedding(size) if settings.instruction else None
-        layer = nn.TransformerEncoderLayer(size, settings.heads, 4 * size, dropout=0.0, batch_first=True, norm_first=True)
+        width = settings.width
+        self.embed = nn.Identity() if width == size else nn.Linear(size, width)
+        self.state = nn.Sequential(nn.Linear(settings.state_size, 128), nn.ReLU(), nn.Linear(128, width), nn.LayerNorm(width))
+        self.vision = LatentEncoder(settings.latent_shape, width) if settings.vision == "latent" else PixelEncoder(width)
+        self.words = WordEmbedding(width) if settings.instruction else None
+        layer = nn.TransformerEncoderLayer(width, settings.heads, 4 * width, dropout=0.0, batch_first=True, norm_first=True)
         self.attention = nn.TransformerEncoder(layer, settings.layers, enable_nested_tensor=False)
         last = nn.Linear(128, size)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
-        self.head = nn.Sequential(nn.LayerNorm(size), nn.Linear(size, 128), nn.GELU(), last)
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 128), nn.GELU(), last)
         self.register_buffer("state_mean", torch.zeros(settings.state_size))
         self.register_buffer("state_std", torch.ones(settings.state_size))
 
@@ -132,7 +135,7 @@ class ResidualPolicy(nn.Module):
         base: (N, M, A) normalised; instructions: one per row, read only when settings.instruction.
         """
         embedding: Tensor = self.action_adapter(base)
-        tokens = [embedding, self.vision(visual), self.state((states - self.state_mean) / self.state_std)]
+        tokens = [self.embed(embedding), self.vision(visual), self.state((states - self.state_mean) / self.state_std)]
         if self.words is not None:
             different = list(dict.fromkeys(instructions))  # few: a batch repeats them
             vectors, mask = self.words(different)

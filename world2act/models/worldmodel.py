@@ -35,7 +35,7 @@ class WorldModelConfig:
     mlp_ratio: float = 3.0
     text_width: int = 64
     adaln_width: int = 32
-    max_horizon: int = 16
+    max_horizon: int = 20
     noise_scale: float = 0.0
 
 
@@ -161,6 +161,20 @@ class WorldModel(nn.Module):
         """
         check_frames(start[:, None], self.config.vae.height, self.config.vae.width)
         return self.imagine_latents(self.encode(start[:, None])[:, 0], prompts, horizon, seeds, steps, guidance)
+
+    @torch.no_grad()
+    def denoise_once(self, frames: torch.Tensor, prompts: Sequence[str], seeds: Sequence[int]) -> torch.Tensor:
+        """True clips uint8 (B, 1+4n, H, W, 3) -> latents (B, 1+n, C, h, w): moved a random part of the way to the source and
+        predicted back in one step (METHOD section 3, the authors' code). Latent 0 is the start."""
+        x0 = self.encode(frames)
+        self._check_request(len(x0), prompts, x0.shape[1] - 1, seeds, 1)
+        drawn = [torch.sigmoid(torch.randn(1, generator=torch.Generator().manual_seed(int(seed)))) for seed in seeds]
+        t = torch.cat(drawn).to(x0)
+        x1 = x0[:, :1] + self.config.noise_scale * _noise(seeds, x0)
+        at = t[:, None, None, None, None]
+        x = (1 - at) * x0 + at * x1
+        v = self.velocity(x, x0[:, 0], prompts, t)
+        return torch.cat([x0[:, :1], (x - at * v)[:, 1:]], dim=1)
 
     def _check_request(self, rows: int, prompts: Sequence[str], horizon: int, seeds: Sequence[int], steps: int) -> None:
         if len(prompts) != rows or len(seeds) != rows:

@@ -9,7 +9,7 @@ from world2act.segmentation.alignment import (
     candidates_of,
     validate_answer,
 )
-from world2act.segmentation.cues import TouchCalibration, merge_events, touch_events
+from world2act.segmentation.cues import TouchCalibration, episode_touches, merge_events, touch_events
 from world2act.segmentation.events import (
     ContactEvent,
     GripperCalibration,
@@ -55,6 +55,7 @@ __all__ = [
     "commanded_widths",
     "contact_events",
     "default_planner",
+    "episode_touches",
     "label_accuracy",
     "load_schemas",
     "merge_events",

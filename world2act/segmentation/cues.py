@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from world2act.segmentation.events import MAX_FRAMES, ContactEvent, check_widths, hysteresis, spans
+from world2act.types import Episode
 
 Positions = npt.NDArray[np.float64]
 
@@ -96,6 +97,25 @@ def touch_events(
         ContactEvent(a, b if b < w.size else None, float(np.median(w[a:b])), float(w[a:b].min()), "touch")
         for a, b in spans(pushed, c.min_frames, c.min_gap_frames)
     )
+
+
+def episode_touches(episode: Episode) -> tuple[ContactEvent, ...]:
+    """The pushes that an episode's cues show (hand with objects or force), in time order; none where it has no such cues.
+
+    Of things that move together only the first counts: one push.
+    """
+    hand, force = episode.cues.get("hand"), episode.cues.get("force")
+    objects = [places for name, places in episode.cues.items() if name.startswith("object/")]
+    if hand is None or (force is None and not objects):
+        return ()
+    found = [] if force is None else [*touch_events(hand, episode.widths, force=force)]
+    for places in objects:
+        found += touch_events(hand, episode.widths, objects=places)
+    kept: list[ContactEvent] = []
+    for event in sorted(found, key=lambda e: e.onset):
+        if not kept or (kept[-1].offset is not None and event.onset >= kept[-1].offset):
+            kept.append(event)
+    return tuple(kept)
 
 
 def merge_events(grasps: Sequence[ContactEvent], touches: Sequence[ContactEvent]) -> tuple[ContactEvent, ...]:

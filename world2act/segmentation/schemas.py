@@ -26,6 +26,9 @@ MAX_STEPS = 32
 
 DEFAULT_EMBODIMENT = "metaworld"
 
+HANDS = dict.fromkeys(("libero", "robocasa", "robocasa365", "PandaOmron", "franka"), "panda")
+"""What simulators, formats and LeRobot's robot_type call a robot -> its calibration, where that has another name."""
+
 PREPOSITIONS = (
     *("at", "on", "onto", "in", "into", "to", "from", "with", "over", "under", "near", "inside", "beside", "off", "out"),
     *("toward", "towards", "by", "between", "next", "behind"),
@@ -103,6 +106,11 @@ class SchemaTable:
         if embodiment not in self.calibrations:
             raise ValueError(f"embodiment: {embodiment!r} is unknown; choose one of {', '.join(self.calibrations)}")
         return self.calibrations[embodiment]
+
+    def hand(self, robot: str) -> str | None:
+        """The calibration for a robot, simulator or format of this name, or None."""
+        name = HANDS.get(robot, robot)
+        return name if name in self.calibrations else None
 
     def match(self, instruction: str) -> TaskSchema | None:
         """The row that `instruction` names, or the first whose pattern is all of it; prompts filled. None if there is none."""

@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from world2act.segmentation.alignment import Aligner, Alignment, AnswerRejectedError, align
-from world2act.segmentation.cues import merge_events
-from world2act.segmentation.events import ContactEvent, GripperCalibration, check_widths, contact_events
+from world2act.segmentation.cues import episode_touches, merge_events
+from world2act.segmentation.events import ContactEvent, GripperCalibration, check_widths, commanded_widths, contact_events
 from world2act.segmentation.planner import Plan, Planner, RuleBasedPlanner
 from world2act.segmentation.schemas import DEFAULT_EMBODIMENT, load_schemas
 from world2act.segmentation.visual import change_points
@@ -148,14 +148,38 @@ def segment_episode(
     planner: Planner | None = None,
     aligner: Aligner | None = None,
 ) -> Segmentation:
-    """Skills of a recorded episode; see `segment_series`. Skill indices count its actions (frames start .. end)."""
-    frames = len(episode.actions) + 1
+    """Skills of a recorded episode; see `segment_series`. Skill indices count its actions (frames start .. end).
+
+    Its cues are used where it has them: gripper commands (the commanded-versus-actual gap) and pushes. Without widths (all NaN)
+    an episode whose instruction is one step is that skill, such as a clip that was cut before; another is discarded.
+    """
+    if np.isnan(episode.widths).all():
+        return _without_widths(episode, planner or default_planner())
+    calibration = calibration or load_schemas().calibration(DEFAULT_EMBODIMENT)
+    command = episode.cues.get("command")
     return segment_series(
         episode.widths,
         episode.instruction,
         task=episode.task,
-        frames=frames,
+        frames=len(episode.actions) + 1,
         calibration=calibration,
+        commanded=None if command is None else commanded_widths(command, calibration),
+        touches=episode_touches(episode),
         planner=planner,
         aligner=aligner,
     )
+
+
+def _without_widths(episode: Episode, planner: Planner) -> Segmentation:
+    """By the instruction alone: what it names is one step, or nothing says where its steps end."""
+    actions = len(episode.actions)
+    try:
+        plan = planner.plan(episode.instruction)
+    except AnswerRejectedError as e:
+        return Segmentation((), f"no plan: {e}", (), (), length=actions)
+    steps = [s for s in plan.schema.steps if not s.optional]
+    if len(steps) > 1:
+        reason = f"no gripper signal: the source has no widths, so where {steps[0].prompt!r} ends is unknown"
+        return _cut(plan, Alignment((), (), (), (), reason), (), actions)
+    reasons = (f"{steps[0].prompt!r} is all of it: one step",)
+    return _cut(plan, Alignment((replace(steps[0], ends="end"),), (actions,), reasons, ()), (), actions)

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from services.runtime.generated import tensor_pb2 as world2act_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19world2act/v1/policy.proto\x12\x0cworld2act.v1\x1a\x19world2act/v1/tensor.proto\"\x17\n\x15PolicyDescribeRequest\"\x81\x02\n\x13PolicyDescribeReply\x12\x0e\n\x06policy\x18\x01 \x01(\t\x12\x11\n\tbase_hash\x18\x02 \x01(\t\x12\x17\n\x0fworldmodel_hash\x18\x03 \x01(\t\x12\x15\n\radapters_hash\x18\x04 \x01(\t\x12\x0f\n\x07\x63\x61meras\x18\x05 \x03(\t\x12\x14\n\x0cimage_height\x18\x06 \x01(\x05\x12\x13\n\x0bimage_width\x18\x07 \x01(\x05\x12\x12\n\nstate_size\x18\x08 \x01(\x05\x12\x13\n\x0b\x61\x63tion_size\x18\t \x01(\x05\x12\r\n\x05\x63hunk\x18\n \x01(\x05\x12\x10\n\x08versions\x18\x0b \x03(\x03\x12\x11\n\tmax_batch\x18\x0c \x01(\x05\"\xc3\x01\n\x0bObservation\x12\x35\n\x06images\x18\x01 \x03(\x0b\x32%.world2act.v1.Observation.ImagesEntry\x12#\n\x05state\x18\x02 \x01(\x0b\x32\x14.world2act.v1.Tensor\x12\x13\n\x0binstruction\x18\x03 \x01(\t\x1a\x43\n\x0bImagesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.world2act.v1.Tensor:\x02\x38\x01\"a\n\nActRequest\x12/\n\x0cobservations\x18\x01 \x03(\x0b\x32\x19.world2act.v1.Observation\x12\x11\n\tnamespace\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\x03\"\x8f\x01\n\x08\x41\x63tReply\x12\"\n\x04\x62\x61se\x18\x01 \x01(\x0b\x32\x14.world2act.v1.Tensor\x12&\n\x08residual\x18\x02 \x01(\x0b\x32\x14.world2act.v1.Tensor\x12&\n\x08\x63ombined\x18\x03 \x01(\x0b\x32\x14.world2act.v1.Tensor\x12\x0f\n\x07version\x18\x04 \x01(\x03\">\n\x0bLoadRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\x0b\n\x03uri\x18\x03 \x01(\t\"\x1d\n\tLoadReply\x12\x10\n\x08versions\x18\x01 \x03(\x03\x32\xd1\x01\n\x06Policy\x12R\n\x08\x44\x65scribe\x12#.world2act.v1.PolicyDescribeRequest\x1a!.world2act.v1.PolicyDescribeReply\x12\x37\n\x03\x41\x63t\x12\x18.world2act.v1.ActRequest\x1a\x16.world2act.v1.ActReply\x12:\n\x04Load\x12\x19.world2act.v1.LoadRequest\x1a\x17.world2act.v1.LoadReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19world2act/v1/policy.proto\x12\x0cworld2act.v1\x1a\x19world2act/v1/tensor.proto\"\x17\n\x15PolicyDescribeRequest\"\xca\x02\n\x13PolicyDescribeReply\x12\x0e\n\x06policy\x18\x01 \x01(\t\x12\x11\n\tbase_hash\x18\x02 \x01(\t\x12\x17\n\x0fworldmodel_hash\x18\x03 \x01(\t\x12\x15\n\radapters_hash\x18\x04 \x01(\t\x12\x0f\n\x07\x63\x61meras\x18\x05 \x03(\t\x12\x14\n\x0cimage_height\x18\x06 \x01(\x05\x12\x13\n\x0bimage_width\x18\x07 \x01(\x05\x12\x12\n\nstate_size\x18\x08 \x01(\x05\x12\x13\n\x0b\x61\x63tion_size\x18\t \x01(\x05\x12\r\n\x05\x63hunk\x18\n \x01(\x05\x12\x10\n\x08versions\x18\x0b \x03(\x03\x12\x11\n\tmax_batch\x18\x0c \x01(\x05\x12\x0f\n\x07horizon\x18\r \x01(\x05\x12\x12\n\naction_low\x18\x0e \x03(\x01\x12\x13\n\x0b\x61\x63tion_high\x18\x0f \x03(\x01\x12\r\n\x05\x63\x65lls\x18\x10 \x03(\x05\"\xe2\x01\n\x0bObservation\x12\x35\n\x06images\x18\x01 \x03(\x0b\x32%.world2act.v1.Observation.ImagesEntry\x12#\n\x05state\x18\x02 \x01(\x0b\x32\x14.world2act.v1.Tensor\x12\x13\n\x0binstruction\x18\x03 \x01(\t\x12\x0f\n\x07\x65pisode\x18\x04 \x01(\t\x12\x0c\n\x04step\x18\x05 \x01(\x03\x1a\x43\n\x0bImagesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.world2act.v1.Tensor:\x02\x38\x01\"a\n\nActRequest\x12/\n\x0cobservations\x18\x01 \x03(\x0b\x32\x19.world2act.v1.Observation\x12\x11\n\tnamespace\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\x03\"\x8f\x01\n\x08\x41\x63tReply\x12\"\n\x04\x62\x61se\x18\x01 \x01(\x0b\x32\x14.world2act.v1.Tensor\x12&\n\x08residual\x18\x02 \x01(\x0b\x32\x14.world2act.v1.Tensor\x12&\n\x08\x63ombined\x18\x03 \x01(\x0b\x32\x14.world2act.v1.Tensor\x12\x0f\n\x07version\x18\x04 \x01(\x03\">\n\x0bLoadRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\x0b\n\x03uri\x18\x03 \x01(\t\"\x1d\n\tLoadReply\x12\x10\n\x08versions\x18\x01 \x03(\x03\x32\xd1\x01\n\x06Policy\x12R\n\x08\x44\x65scribe\x12#.world2act.v1.PolicyDescribeRequest\x1a!.world2act.v1.PolicyDescribeReply\x12\x37\n\x03\x41\x63t\x12\x18.world2act.v1.ActRequest\x1a\x16.world2act.v1.ActReply\x12:\n\x04Load\x12\x19.world2act.v1.LoadRequest\x1a\x17.world2act.v1.LoadReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,19 +37,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_POLICYDESCRIBEREQUEST']._serialized_start=70
   _globals['_POLICYDESCRIBEREQUEST']._serialized_end=93
   _globals['_POLICYDESCRIBEREPLY']._serialized_start=96
-  _globals['_POLICYDESCRIBEREPLY']._serialized_end=353
-  _globals['_OBSERVATION']._serialized_start=356
-  _globals['_OBSERVATION']._serialized_end=551
-  _globals['_OBSERVATION_IMAGESENTRY']._serialized_start=484
-  _globals['_OBSERVATION_IMAGESENTRY']._serialized_end=551
-  _globals['_ACTREQUEST']._serialized_start=553
-  _globals['_ACTREQUEST']._serialized_end=650
-  _globals['_ACTREPLY']._serialized_start=653
-  _globals['_ACTREPLY']._serialized_end=796
-  _globals['_LOADREQUEST']._serialized_start=798
-  _globals['_LOADREQUEST']._serialized_end=860
-  _globals['_LOADREPLY']._serialized_start=862
-  _globals['_LOADREPLY']._serialized_end=891
-  _globals['_POLICY']._serialized_start=894
-  _globals['_POLICY']._serialized_end=1103
+  _globals['_POLICYDESCRIBEREPLY']._serialized_end=426
+  _globals['_OBSERVATION']._serialized_start=429
+  _globals['_OBSERVATION']._serialized_end=655
+  _globals['_OBSERVATION_IMAGESENTRY']._serialized_start=588
+  _globals['_OBSERVATION_IMAGESENTRY']._serialized_end=655
+  _globals['_ACTREQUEST']._serialized_start=657
+  _globals['_ACTREQUEST']._serialized_end=754
+  _globals['_ACTREPLY']._serialized_start=757
+  _globals['_ACTREPLY']._serialized_end=900
+  _globals['_LOADREQUEST']._serialized_start=902
+  _globals['_LOADREQUEST']._serialized_end=964
+  _globals['_LOADREPLY']._serialized_start=966
+  _globals['_LOADREPLY']._serialized_end=995
+  _globals['_POLICY']._serialized_start=998
+  _globals['_POLICY']._serialized_end=1207
 # @@protoc_insertion_point(module_scope)

@@ -12,7 +12,7 @@ class PolicyDescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class PolicyDescribeReply(_message.Message):
-    __slots__ = ("policy", "base_hash", "worldmodel_hash", "adapters_hash", "cameras", "image_height", "image_width", "state_size", "action_size", "chunk", "versions", "max_batch")
+    __slots__ = ("policy", "base_hash", "worldmodel_hash", "adapters_hash", "cameras", "image_height", "image_width", "state_size", "action_size", "chunk", "versions", "max_batch", "horizon", "action_low", "action_high", "cells")
     POLICY_FIELD_NUMBER: _ClassVar[int]
     BASE_HASH_FIELD_NUMBER: _ClassVar[int]
     WORLDMODEL_HASH_FIELD_NUMBER: _ClassVar[int]
@@ -25,6 +25,10 @@ class PolicyDescribeReply(_message.Message):
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     VERSIONS_FIELD_NUMBER: _ClassVar[int]
     MAX_BATCH_FIELD_NUMBER: _ClassVar[int]
+    HORIZON_FIELD_NUMBER: _ClassVar[int]
+    ACTION_LOW_FIELD_NUMBER: _ClassVar[int]
+    ACTION_HIGH_FIELD_NUMBER: _ClassVar[int]
+    CELLS_FIELD_NUMBER: _ClassVar[int]
     policy: str
     base_hash: str
     worldmodel_hash: str
@@ -37,10 +41,14 @@ class PolicyDescribeReply(_message.Message):
     chunk: int
     versions: _containers.RepeatedScalarFieldContainer[int]
     max_batch: int
-    def __init__(self, policy: _Optional[str] = ..., base_hash: _Optional[str] = ..., worldmodel_hash: _Optional[str] = ..., adapters_hash: _Optional[str] = ..., cameras: _Optional[_Iterable[str]] = ..., image_height: _Optional[int] = ..., image_width: _Optional[int] = ..., state_size: _Optional[int] = ..., action_size: _Optional[int] = ..., chunk: _Optional[int] = ..., versions: _Optional[_Iterable[int]] = ..., max_batch: _Optional[int] = ...) -> None: ...
+    horizon: int
+    action_low: _containers.RepeatedScalarFieldContainer[float]
+    action_high: _containers.RepeatedScalarFieldContainer[float]
+    cells: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, policy: _Optional[str] = ..., base_hash: _Optional[str] = ..., worldmodel_hash: _Optional[str] = ..., adapters_hash: _Optional[str] = ..., cameras: _Optional[_Iterable[str]] = ..., image_height: _Optional[int] = ..., image_width: _Optional[int] = ..., state_size: _Optional[int] = ..., action_size: _Optional[int] = ..., chunk: _Optional[int] = ..., versions: _Optional[_Iterable[int]] = ..., max_batch: _Optional[int] = ..., horizon: _Optional[int] = ..., action_low: _Optional[_Iterable[float]] = ..., action_high: _Optional[_Iterable[float]] = ..., cells: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Observation(_message.Message):
-    __slots__ = ("images", "state", "instruction")
+    __slots__ = ("images", "state", "instruction", "episode", "step")
     class ImagesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -51,10 +59,14 @@ class Observation(_message.Message):
     IMAGES_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     INSTRUCTION_FIELD_NUMBER: _ClassVar[int]
+    EPISODE_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
     images: _containers.MessageMap[str, _tensor_pb2.Tensor]
     state: _tensor_pb2.Tensor
     instruction: str
-    def __init__(self, images: _Optional[_Mapping[str, _tensor_pb2.Tensor]] = ..., state: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., instruction: _Optional[str] = ...) -> None: ...
+    episode: str
+    step: int
+    def __init__(self, images: _Optional[_Mapping[str, _tensor_pb2.Tensor]] = ..., state: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., instruction: _Optional[str] = ..., episode: _Optional[str] = ..., step: _Optional[int] = ...) -> None: ...
 
 class ActRequest(_message.Message):
     __slots__ = ("observations", "namespace", "version")

@@ -6,11 +6,12 @@ reject the same things with the same words. tests/conformance/ holds what any en
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, get_args
 
@@ -24,6 +25,8 @@ Frames = Literal["last", "none", "all"]
 REGISTRY: dict[str, str] = {
     "libero": "services.simulator.envs.libero:LiberoEnvironment",
     "metaworld": "services.simulator.envs.metaworld:MetaworldEnvironment",
+    "robocasa": "services.simulator.envs.robocasa:RobocasaEnvironment",
+    "robocasa365": "services.simulator.envs.robocasa:Robocasa365Environment",
 }
 """Simulator name -> 'module:class'. Imported on use: a process pays only for the simulator it runs."""
 
@@ -57,7 +60,8 @@ class Axis:
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """A task, the instruction that policies get, and its customary episode limit in chunks."""
+    """A task, the instruction that policies get (an example of it, where scenes differ in their words; see `Observation`), and
+    its customary episode limit in chunks."""
 
     name: str
     instruction: str
@@ -88,10 +92,11 @@ class EnvironmentSpec:
 
 @dataclass(frozen=True)
 class Observation:
-    """images: camera -> uint8 (height, width, 3), upright; state: float32 (S,)."""
+    """images: camera -> uint8 (height, width, 3), upright; state: float32 (S,); instruction: this episode's."""
 
     images: dict[str, ImageArray]
     state: FloatArray
+    instruction: str = ""
 
 
 @dataclass(frozen=True)
@@ -129,7 +134,7 @@ class Environment(ABC):
         self._actions_left = None
         observation = self._reset(task, seed)
         self._actions_left = spec.max_chunks * self.spec.chunk
-        return observation
+        return observation if observation.instruction else replace(observation, instruction=spec.instruction)
 
     def step(self, actions: FloatArray, frames: Frames = "last") -> StepResult:
         """Run `actions` float32 (m, A), 1 <= m <= M, open loop. Raises InvalidInputError, or RuntimeError from the simulator."""
@@ -145,7 +150,8 @@ class Environment(ABC):
         return StepResult(images, states, success, self._actions_left <= 0)
 
     @abstractmethod
-    def _reset(self, task: str, seed: int) -> Observation: ...
+    def _reset(self, task: str, seed: int) -> Observation:
+        """An observation without an instruction gets the task's."""
 
     @abstractmethod
     def _step(self, actions: FloatArray, frames: Frames) -> tuple[dict[str, ImageArray], FloatArray, bool]: ...
@@ -201,6 +207,22 @@ def stack_frames(frames: Sequence[Mapping[str, ImageArray]], cameras: tuple[Came
         else np.zeros((0, camera.height, camera.width, 3), np.uint8)
         for camera in cameras
     }
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """NumPy's global generator, which robosuite draws from, seeded inside and as it was after."""
+    kept = np.random.get_state()
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        np.random.set_state(kept)
+
+
+def scene_draw(task: str, seed: int) -> int:
+    """A 32-bit seed for `seeded`: every task draws its own scenes."""
+    return int(np.random.default_rng([seed, *task.encode()]).integers(2**32))
 
 
 def matching_tasks(spec: EnvironmentSpec, patterns: Sequence[str]) -> list[str]:

@@ -21,7 +21,6 @@ import copy
 import importlib
 import io
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +37,8 @@ from services.simulator.envs.base import (
     Frames,
     InvalidInputError,
     Observation,
+    scene_draw,
+    seeded,
     stack_frames,
 )
 from services.simulator.envs.libero_expert import Expert
@@ -109,7 +110,7 @@ class LiberoEnvironment(Environment):
         self._task = ""
         scene = self._scene(task)
         split, index = split_of_seed(seed)
-        with seeded(int(np.random.default_rng([seed, *task.encode()]).integers(2**32))):
+        with seeded(scene_draw(task, seed)):
             place(scene.env)
         if split is Split.EVALUATION and index < len(scene.shipped):
             scene.env.sim.set_state_from_flattened(scene.shipped[index])
@@ -218,17 +219,6 @@ class LiberoEnvironment(Environment):
         size, effects = self._settings.libero_image_size, self._settings.libero_effects
         scene.renderer, images = first_frames(lambda: open_renderer(scene.model, size, effects), shoot, self._task)
         return images
-
-
-@contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """NumPy's global generator, seeded inside and as it was after."""
-    kept = np.random.get_state()
-    np.random.seed(seed)
-    try:
-        yield
-    finally:
-        np.random.set_state(kept)
 
 
 def place(env: Any) -> None:

@@ -60,13 +60,13 @@ UNSEEN_BY_WRIST = (*UNSEEN, "right_l2", "right_l3", "right_l4", "right_l5", "rig
 HIDDEN_GROUP = 5  # MuJoCo draws geoms of groups 0 to 2
 
 TASKS = (
-    TaskSpec("reach", "reach the green goal", 10),
-    TaskSpec("push", "push the puck to the green goal", 13),
-    TaskSpec("pick-place", "pick up the puck and place it at the green goal", 12),
-    TaskSpec("drawer-open", "open the drawer", 16),
-    TaskSpec("drawer-close", "close the drawer", 14),
-    TaskSpec("button-press", "press the red button", 12),
-    TaskSpec("door-open", "open the door", 15),
+    TaskSpec("reach", "reach the green goal", 14),
+    TaskSpec("push", "push the puck to the green goal", 18),
+    TaskSpec("pick-place", "pick up the puck and place it at the green goal", 18),
+    TaskSpec("drawer-open", "open the drawer", 20),
+    TaskSpec("drawer-close", "close the drawer", 18),
+    TaskSpec("button-press", "press the red button", 16),
+    TaskSpec("door-open", "open the door", 18),
 )
 
 SPEC = EnvironmentSpec(

@@ -5,19 +5,29 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from services.worldmodel.settings import WorldModelSettings
 
 Frames = npt.NDArray[np.uint8]
 Latents = npt.NDArray[np.float32]
 
 BACKBONES = {
     "small": "services.worldmodel.backbones.small",
+    "cosmos_predict2": "services.worldmodel.backbones.cosmos_predict2",
+    "wan22": "services.worldmodel.backbones.wan22",
+    "ltx_video": "services.worldmodel.backbones.ltx_video",
+    "hunyuan_video15": "services.worldmodel.backbones.hunyuan_video15",
 }
-"""name -> module with `load(zoo: Path, device: str) -> Backbone` and `weights_hash(zoo: Path) -> str`, which loads no network."""
+"""name -> module with `load(settings, device) -> Backbone` and `weights_hash(settings, device) -> str`, which loads nothing."""
+
+
+class BackboneMemoryError(RuntimeError):
+    """A clip does not fit into memory. The backbone goes on working."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +36,8 @@ class BackboneInfo:
 
     frame_shape (H, W, 3) of start frames and decoded frames, of which the rows from `active_rows` on are constant black;
     latent_shape (C, h, w); `temporal_compression` M frames per latent, so a clip of 1 + n latents has 1 + M*n frames;
-    `max_horizon` latents after latent 0; `fps` of decoded frames.
+    `max_horizon` latents after latent 0; `fps` of decoded frames; `steps`, `guidance`: what a call's 0 stands for;
+    `letterboxes`: start frames of any size are taken, and letterboxed; `rows`: rows of a call at most, so that it ends in time.
     """
 
     name: str
@@ -37,6 +48,10 @@ class BackboneInfo:
     temporal_compression: int
     max_horizon: int
     fps: float
+    steps: int = 1
+    guidance: float = 1.0
+    letterboxes: bool = False
+    rows: int = 64
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -56,8 +71,18 @@ class Backbone(Protocol):
     ) -> Latents:
         """Start frames (B, H, W, 3), a prompt and a seed a row -> latents (B, 1+horizon, C, h, w); latent 0 is the start.
 
-        Raises ValueError naming the field that is out of range.
+        steps, guidance: 0 stands for the backbone's own. Raises ValueError naming the field that is out of range, and
+        BackboneMemoryError.
         """
+        ...
+
+    def denoise_once(self, frames: Frames, prompts: Sequence[str], seeds: Sequence[int]) -> Latents:
+        """True clips (B, 1+M*n, H, W, 3) -> latents (B, 1+n, C, h, w): noised to a random level, denoised in one step (METHOD
+        section 3, the authors' code). Latent 0 is the start."""
+        ...
+
+    def encode(self, frames: Frames) -> Latents:
+        """Frames (B, 1+M*n, H, W, 3) -> true latents (B, 1+n, C, h, w)."""
         ...
 
     def decode(self, latents: Latents) -> Frames:
@@ -75,12 +100,12 @@ def _module(name: str) -> Any:
     return importlib.import_module(BACKBONES[name])
 
 
-def load_backbone(name: str, zoo: Path, device: str) -> Backbone:
-    """The backbone `name` with weights from the folder `zoo` on a torch device. Raises ValueError for an unknown name."""
-    backbone: Backbone = _module(name).load(zoo, device)
+def load_backbone(settings: WorldModelSettings, device: str) -> Backbone:
+    """The backbone that the settings name on a torch device. Raises ValueError for an unknown name or unusable weights."""
+    backbone: Backbone = _module(settings.backbone).load(settings, device)
     return backbone
 
 
-def weights_hash(name: str, zoo: Path) -> str:
-    """What `load_backbone(name, zoo, ...).info.hash` would be, without building the network."""
-    return str(_module(name).weights_hash(zoo))
+def weights_hash(settings: WorldModelSettings, device: str) -> str:
+    """What `load_backbone(...).info.hash` would be, without building the network."""
+    return str(_module(settings.backbone).weights_hash(settings, device))

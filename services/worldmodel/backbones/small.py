@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from services.worldmodel.backbones import BackboneInfo, Frames, Latents
+from services.worldmodel.settings import WorldModelSettings
 from world2act.models import store
 from world2act.types import M
 
@@ -42,7 +43,17 @@ class SmallBackbone:
         self, start: Frames, prompts: Sequence[str], seeds: Sequence[int], horizon: int, steps: int, guidance: float
     ) -> Latents:
         frames = torch.tensor(start, device=self.device)
+        steps, guidance = steps or self.info.steps, guidance or self.info.guidance
         latents: Latents = self.model.imagine(frames, list(prompts), horizon, list(seeds), steps, guidance).cpu().numpy()
+        return latents
+
+    def denoise_once(self, frames: Frames, prompts: Sequence[str], seeds: Sequence[int]) -> Latents:
+        latents: Latents = self.model.denoise_once(torch.tensor(frames, device=self.device), prompts, seeds).cpu().numpy()
+        return latents
+
+    def encode(self, frames: Frames) -> Latents:
+        with torch.no_grad():
+            latents: Latents = self.model.encode(torch.tensor(frames, device=self.device)).cpu().numpy()
         return latents
 
     def decode(self, latents: Latents) -> Frames:
@@ -53,13 +64,18 @@ class SmallBackbone:
         return self.decode(latents[:, -1:])[:, -1]  # latents are decoded one by one: the last one suffices
 
 
-def load(zoo: Path, device: str) -> SmallBackbone:
-    """From `zoo/worldmodel.safetensors`. Raises store.WeightsError when the file is damaged or of another kind."""
+def weights_file(settings: WorldModelSettings) -> Path:
+    """W2A_BACKBONE_MODEL, or the one in W2A_ZOO."""
+    return Path(settings.backbone_model) if settings.backbone_model else settings.zoo / WEIGHTS
+
+
+def load(settings: WorldModelSettings, device: str) -> SmallBackbone:
+    """Raises store.WeightsError when the file is damaged or of another kind."""
     from world2act.models.worldmodel import WorldModel  # here: importing diffusers costs `weights_hash` nothing
 
-    return SmallBackbone(WorldModel.load(zoo / WEIGHTS), device)
+    return SmallBackbone(WorldModel.load(weights_file(settings)), device)
 
 
-def weights_hash(zoo: Path) -> str:
+def weights_hash(settings: WorldModelSettings, device: str) -> str:
     """sha256 of the weights file, as WorldModel.hash."""
-    return store.read(zoo / WEIGHTS, "worldmodel")[2]
+    return store.read(weights_file(settings), "worldmodel")[2]

@@ -28,6 +28,8 @@ class TritonPythonModel:
         for (i, call), answer in zip(calls.items(), self.server.run(list(calls.values())), strict=True):
             if isinstance(answer, ValueError):
                 responses[i] = refusal(answer)
+            elif isinstance(answer, Exception):  # not the caller's fault: an internal error, and the next call may work
+                responses[i] = pb_utils.InferenceResponse(error=pb_utils.TritonError(str(answer)[:1000]))
             else:
                 tensors = [pb_utils.Tensor(k, np.ascontiguousarray(v)) for k, v in answer.items() if k in call.wants]
                 responses[i] = pb_utils.InferenceResponse(tensors)
