@@ -1,5 +1,5 @@
 # World2Act. `make demo` and `make test` do all their own set-up.
-.PHONY: help demo test containers setup lint bench zoo experiments proto clean
+.PHONY: help demo test containers setup lint bench zoo skills experiments proto clean
 SHELL := /bin/bash
 RUN := .venv/bin/
 
@@ -9,6 +9,7 @@ help:
 	@echo "make containers  build the images, bring all up in them, break each part (needs a Docker Engine: scripts/engine.sh)"
 	@echo "make bench  every rate, one table"
 	@echo "make zoo    rebuild every shipped weight from nothing (about 40 minutes on 2 cores)"
+	@echo "make skills  skill data sets of Meta-World and LIBERO from our experts, scored, and docs/skills.md (hours; resumable)"
 	@echo "make experiments  every experiment at its full size (days on 2 cores; resumable), and docs/results.md"
 	@echo "make proto  regenerate the protobuf code"
 
@@ -35,6 +36,11 @@ bench:
 zoo:
 	@scripts/setup.sh all
 	@OMP_NUM_THREADS=1 scripts/make_zoo.sh $(ZOO)
+
+skills:
+	@scripts/setup.sh all
+	@scripts/setup.sh libero
+	@OMP_NUM_THREADS=1 scripts/make_skills.sh $(SKILLS)
 
 experiments:
 	@scripts/setup.sh all

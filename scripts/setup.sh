@@ -39,4 +39,19 @@ if [ "$extra" != all ]; then  # see [dependency-groups] in pyproject.toml
   .venv/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]["libero"], sep="\n")' |
     .venv/bin/python -m pip install -q --disable-pip-version-check --no-deps -r /dev/stdin
 fi
+if [ "$extra" = dev ]; then  # tests that miss one of these say so and are skipped
+  if [ ! -x .venv/bin/promtool ]; then  # the two programs alone: the Debian package would start a server that all machines reach
+    echo "Fetching Prometheus"
+    folder=$(mktemp -d)
+    (cd "$folder" && { apt-get download -qq prometheus || { apt-get update -qq && apt-get download -qq prometheus; }; } 2>/dev/null) &&
+      dpkg-deb --fsys-tarfile "$folder"/prometheus_*.deb | tar -x -C .venv --strip-components=2 ./usr/bin/prometheus ./usr/bin/promtool ||
+      echo "No Prometheus from apt: tests of rules and dashboards will be skipped" >&2
+    rm -rf "$folder"
+  fi
+  # checkov wants other versions of what we have: an environment of its own
+  "$python" -m venv .venv/checkov
+  .venv/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]["checkov"], sep="\n")' |
+    .venv/checkov/bin/python -m pip install -q --disable-pip-version-check -r /dev/stdin ||
+    echo "No checkov: its test will be skipped" >&2
+fi
 echo "$wanted" > "$stamp"

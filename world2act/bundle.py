@@ -1,25 +1,31 @@
 """The residual bundle: what Stage 2 ships and the policy server loads. One safetensors file with its JSON inside.
 
-It holds the residual's weights, action and state statistics, the bound, the action layout, and the hashes of the base policy,
-world model and adapters that it was trained beside. `load` refuses, with a sentence that says what differs.
+It holds the residual's weights, action and state statistics, the bound, the action layout, the hashes of the base policy,
+world model and adapters that it was trained beside, and a signature where its maker has a key (world2act/signature.py).
+`load` refuses, with a sentence that says what differs.
 """
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
+from world2act import signature
 from world2act.models import store
-from world2act.models.adapters import ActionAdapter, ActionDecoder, AdapterSettings
+from world2act.models.adapters import ActionAdapter, ActionDecoder, Adapters, AdapterSettings
 from world2act.models.residual import ResidualPolicy, ResidualSettings
 from world2act.normalisation import Statistics
 
 KIND = "residual"
+PARTS = {"base": "base policy", "worldmodel": "world model", "adapters": "adapters"}
 
 
 @dataclass(frozen=True)
@@ -33,8 +39,18 @@ class ActionLayout:
     def __post_init__(self) -> None:
         if not len(self.names) == len(self.low) == len(self.high):
             raise ValueError(f"action layout: {len(self.names)} names, {len(self.low)} low, {len(self.high)} high limits")
-        if any(low >= high for low, high in zip(self.low, self.high, strict=True)):
-            raise ValueError("action layout: every low limit must be below its high limit")
+        if not all(-math.inf < low < high < math.inf for low, high in zip(self.low, self.high, strict=True)):
+            raise ValueError("action layout: limits must be finite and every low one below its high one")
+
+    def difference(self, other: ActionLayout) -> str:
+        """What the first component that differs is here and there; empty where none does."""
+        mine, theirs = (list(zip(layout.names, layout.low, layout.high, strict=True)) for layout in (self, other))
+        if len(mine) != len(theirs):
+            return f"has {len(mine)} components, the one in use {len(theirs)}"
+        for number, (a, b) in enumerate(zip(mine, theirs, strict=True)):
+            if a != b:
+                return f"has {a[0]} in [{a[1]:g}, {a[2]:g}] as component {number}, the one in use {b[0]} in [{b[1]:g}, {b[2]:g}]"
+        return ""
 
 
 @dataclass(frozen=True)
@@ -46,9 +62,37 @@ class Origin:
     adapters: str
 
 
+class _Config(BaseModel):
+    """The JSON part as it must be: no unknown field, no silent conversion, no NaN."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    residual: ResidualSettings
+    adapters: AdapterSettings
+    layout: ActionLayout
+    origin: Origin
+    version: Annotated[int, Field(ge=1, lt=2**63)]
+
+    @classmethod
+    def read(cls, found: Any) -> _Config:
+        """Raises ValueError naming the field."""
+        for part, key in (("residual", "bound"), ("layout", "names"), ("layout", "low"), ("layout", "high")):
+            if not isinstance(found, dict) or not isinstance(found.get(part), dict) or key not in found[part]:
+                raise ValueError(f"missing {part}.{key}")  # the classes have defaults, which are for making, not for reading
+        try:
+            return cls.model_validate_json(json.dumps(found))
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            where, why = ".".join(str(part) for part in first["loc"]), first["msg"].removeprefix("Value error, ")
+            raise ValueError(f"{where}: {why[:1].lower()}{why[1:]}") from None
+
+
 @dataclass
 class Bundle:
-    """A residual policy with everything needed to run it. version: the policy version it is (0 is the base alone)."""
+    """A residual policy with everything needed to run it.
+
+    version: the policy version it is (0 is the base alone). signed_by: the key that signed the file it was read from.
+    """
 
     policy: ResidualPolicy
     adapters: AdapterSettings
@@ -57,6 +101,7 @@ class Bundle:
     origin: Origin
     version: int
     card: dict[str, Any] = field(default_factory=dict)
+    signed_by: str = ""
 
     @torch.no_grad()
     def combine(self, visual: Tensor, states: Tensor, base: Tensor, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -98,48 +143,108 @@ class Bundle:
         return store.write(path, *self._contents())
 
     @classmethod
-    def load(cls, path: Path | str, expected: Origin | None = None, layout: ActionLayout | None = None) -> Bundle:
-        """Read and check. Raises WeightsError naming what is damaged, missing, or differs from `expected` and `layout`."""
-        return cls.from_bytes(Path(path).read_bytes(), str(path), expected, layout)
+    def load(cls, path: Path | str, expected: Origin | None = None, layout: ActionLayout | None = None, **checks: Any) -> Bundle:
+        """`from_bytes` of a file. Raises OSError where it cannot be read."""
+        return cls.from_bytes(Path(path).read_bytes(), str(path), expected, layout, **checks)
 
     @classmethod
     def from_bytes(
-        cls, content: bytes, name: str = "bundle", expected: Origin | None = None, layout: ActionLayout | None = None
+        cls,
+        content: bytes,
+        name: str = "bundle",
+        expected: Origin | None = None,
+        layout: ActionLayout | None = None,
+        *,
+        adapters: Adapters | None = None,
+        max_bound: float = math.inf,
+        trusted: frozenset[str] = frozenset(),
     ) -> Bundle:
-        """`load` of bytes in memory; `name` stands in the error."""
+        """Read and check. `name` stands in the error.
+
+        expected, layout, adapters: what the bundle must have been made with; None, or an empty hash: anything. max_bound: of
+        the residual, in standard deviations of the actions. trusted: keys of which one must have signed it; none: a signature
+        is not demanded, but one that is there must hold. Raises WeightsError naming what is damaged, missing, or differs.
+        """
         tensors, metadata, _ = store.parse(content, KIND, name)
         try:
-            bundle = cls._build(tensors, metadata)
+            signed_by = signature.signer(content, metadata)
+            signature.check_signer(signed_by, trusted)
+            bundle = cls._build(tensors, metadata, signed_by)
+        except signature.SignatureError as error:
+            raise store.WeightsError(f"{name}: {error}") from None
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise store.WeightsError(f"{name}: does not hold a residual policy that can run ({error})") from None
-        bundle._check(name, expected, layout)
+            reason = str(error).replace("\n", " ")[:500]
+            raise store.WeightsError(f"{name}: does not hold a residual policy that can run ({reason})") from None
+        difference = bundle._difference(expected, layout, adapters, max_bound)
+        if difference:
+            raise store.WeightsError(f"{name}: {difference}")
         return bundle
 
     @classmethod
-    def _build(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Bundle:
-        config = metadata["config"]
-        adapters = AdapterSettings(**{**config["adapters"], "pool_grid": tuple(config["adapters"]["pool_grid"])})
-        settings = ResidualSettings(**{**config["residual"], "latent_shape": tuple(config["residual"]["latent_shape"])})
-        layout = ActionLayout(**{key: tuple(value) for key, value in config["layout"].items()})
+    def _build(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], signed_by: str) -> Bundle:
+        config = _Config.read(metadata.get("config"))
         missing = [key for key in ("state_mean", "state_std") if key not in tensors]
         if missing:
             raise ValueError(f"missing statistics: {', '.join(missing)}")
         actions = Statistics.take(tensors, "actions")
-        not_finite = [key for key, value in tensors.items() if not bool(torch.isfinite(value.float()).all())]
+        wrong = [f"{key} is {value.dtype}" for key, value in tensors.items() if value.dtype != torch.float32]
+        if wrong:
+            raise ValueError(f"weights must be float32, but {wrong[0]}")
+        not_finite = [key for key, value in tensors.items() if not bool(torch.isfinite(value).all())]
         if not_finite:
             raise ValueError(f"values that are not finite in {', '.join(not_finite[:3])}")
-        policy = ResidualPolicy(settings, ActionAdapter(adapters), ActionDecoder(adapters), adapters.size)
-        policy.load_state_dict({key: value for key, value in tensors.items() if not key.startswith("actions.")})
+        if not bool((tensors["state_std"] > 0).all()):
+            raise ValueError("statistics: state_std must be > 0")
+        if not len(config.layout.names) == config.adapters.action_size == len(actions.mean):
+            sizes = f"{config.adapters.action_size} in the adapters, {len(actions.mean)} in the statistics"
+            raise ValueError(f"action layout: {len(config.layout.names)} components, but {sizes}")
+        with torch.device("meta"):  # sizes are the file's word: nothing is allocated before they match its tensors
+            parts = ActionAdapter(config.adapters), ActionDecoder(config.adapters)
+            policy = ResidualPolicy(config.residual, *parts, config.adapters.size)
+        weights = {key: value.clone() for key, value in tensors.items() if not key.startswith("actions.")}
+        policy.load_state_dict(weights, assign=True)
         policy.eval().requires_grad_(False)
-        return cls(policy, adapters, actions, layout, Origin(**config["origin"]), int(config["version"]), metadata["card"])
+        card = metadata.get("card")
+        return cls(
+            policy,
+            config.adapters,
+            actions,
+            config.layout,
+            config.origin,
+            config.version,
+            card if isinstance(card, dict) else {},
+            signed_by,
+        )
 
-    def _check(self, name: str, expected: Origin | None, layout: ActionLayout | None) -> None:
-        for part, called in (("base", "base policy"), ("worldmodel", "world model"), ("adapters", "adapters")):
-            mine = getattr(self.origin, part)
-            if expected is not None and mine != getattr(expected, part):
-                raise store.WeightsError(
-                    f"{name}: the residual was trained beside {called} {mine[:12]}, "
-                    f"but the one in use is {getattr(expected, part)[:12]}"
+    def _difference(
+        self, expected: Origin | None, layout: ActionLayout | None, adapters: Adapters | None, max_bound: float
+    ) -> str:
+        """A sentence about the first thing that is not as it must be; empty where all is."""
+        for part, called in PARTS.items():
+            mine, theirs = getattr(self.origin, part), getattr(expected, part, "")
+            if theirs and mine != theirs:
+                return f"the residual was trained beside {called} {mine[:12]}, but the one in use is {theirs[:12]}"
+        if layout is not None and (difference := self.layout.difference(layout)):
+            return f"the residual's action layout {difference}"
+        if self.policy.settings.bound > max_bound:
+            return (
+                f"the residual may add up to {self.policy.settings.bound:g} standard deviations to an action (bound), "
+                f"the limit here is {max_bound:g}"
+            )
+        if adapters is not None:
+            return self._difference_to(adapters)
+        return ""
+
+    def _difference_to(self, adapters: Adapters) -> str:
+        """`_difference` in what the file repeats of the adapters: a changed scale would move an arm too far."""
+        if self.adapters != adapters.settings:
+            return f"the residual's adapters are {self.adapters}, but those in use are {adapters.settings}"
+        for part in ("mean", "std"):
+            mine, theirs = getattr(self.actions, part), getattr(adapters.actions, part)
+            if not torch.equal(mine, theirs):
+                where = int((mine != theirs).nonzero()[0])
+                return (
+                    f"the action statistics differ: {part} of {self.layout.names[where]} is {float(mine[where]):g}, "
+                    f"but {float(theirs[where]):g} in the adapters in use"
                 )
-        if layout is not None and self.layout != layout:
-            raise store.WeightsError(f"{name}: the residual acts in {self.layout}, but the simulator's is {layout}")
+        return ""

@@ -124,7 +124,7 @@ def build_data(model: VideoModel, clips: Iterable[Clip], horizon: int, seed: int
             predicted.append(model.denoise_once(torch.from_numpy(clip.frames)[None], [clip.prompt], [draw])[0])
         else:
             predicted.append(_predict(model, clip, true[-1], starts, draw))
-        kept.append(replace(clip, frames=clip.frames[:0]))
+        kept.append(replace(clip, frames=clip.frames[:0].copy()))  # a view would keep the whole film
     if not kept:
         raise ValueError("clips: need at least one")
     return _assemble(model.hash, kept, true, predicted)

@@ -42,6 +42,8 @@ class Episode:
     was asked for none. states: float32 (T+1, S) proprioception; widths: float32 (T+1,) gripper opening in metres, all NaN where
     the source has none; actions: float32 (T, A), A = 0 where it has none. meta: world2act/data/formats.py says what is in it.
     intended: bool (T,), False where the action is not what the demonstrator wanted (a disturbance was added); None: all are.
+    truth: what the simulator knew, name -> float32 (T+1,), as `Environment.truth` names it (touch/<body>, height/<body>,
+    joint/<body>); None where nobody knows. For scores only: no policy or model may see it.
     """
 
     task: str
@@ -54,6 +56,7 @@ class Episode:
     actions: FloatArray
     success: bool
     intended: BoolArray | None = None
+    truth: dict[str, FloatArray] | None = None
     meta: dict[str, str] = field(default_factory=dict)
     cues: dict[str, FloatArray] = field(default_factory=dict)
 

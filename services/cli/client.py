@@ -106,8 +106,11 @@ class Gateway:
             raise CliError(f"job {job} {ended.get('status') or 'vanished'}: {ended.get('error') or ended.get('message') or ''}")
         return ended
 
-    def download(self, name: str, out: Path) -> int:
-        """Artifact `name` to `out`, whole or not at all; its size. The name is the content's sha256 and is checked."""
+    def download(self, name: str, out: Path, change: Callable[[bytes], bytes] | None = None) -> int:
+        """Artifact `name` to `out`, whole or not at all, through `change` if given; the file's size.
+
+        The name is the content's sha256 and is checked.
+        """
         import hashlib
 
         temporary, digest, size = out.with_name(out.name + ".tmp"), hashlib.sha256(), 0
@@ -121,6 +124,8 @@ class Gateway:
                     size += f.write(piece)
             if not name.startswith(f"sha256-{digest.hexdigest()}."):
                 raise CliError(f"artifact {name}: what came does not match its name")
+            if change is not None:
+                size = temporary.write_bytes(change(temporary.read_bytes()))
             temporary.replace(out)
         except httpx.TransportError as error:
             raise CliError(f"gateway at {self.url} does not answer ({type(error).__name__})") from None

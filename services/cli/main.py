@@ -23,6 +23,8 @@ from services.cli.settings import CliSettings
 
 MODULES = {
     "demos": "services.simulator.collect",
+    "build-skills": "services.cli.skills",
+    "skills-report": "services.cli.skills_page",
     "train-worldmodel": "services.worldmodel.training",
     "evaluate-worldmodel": "services.worldmodel.evaluate",
     "train-base": "world2act.behaviour_cloning",
@@ -57,6 +59,13 @@ def status() -> None:
     from services.cli import processes
 
     processes.status(CliSettings.load(), console)
+
+
+def prometheus() -> None:
+    """Serve a Prometheus on these services, with the project's alerts (/alerts), until Ctrl-C."""
+    from services.cli import monitor
+
+    monitor.run(CliSettings.load())
 
 
 def segment(
@@ -171,11 +180,23 @@ def cancel(job: Positional[str]) -> None:
 
 
 def export(namespace: Positional[str | None] = None, version: int = -1, out: Path = Path("residual.safetensors")) -> None:
-    """Write a residual bundle to a file. The namespace is a post-training job's id (else the newest's), -1 its newest version."""
+    """Write a residual bundle to a file. The namespace is a post-training job's id (else the newest's), -1 its newest version.
+
+    Signed where W2A_SIGNING_KEY or W2A_SIGNING_KEY_FILE gives an Ed25519 key (openssl genpkey -algorithm ed25519).
+    """
+    from services.cli import work
+
+    settings = CliSettings.load()
+    with Gateway(settings) as gateway:
+        work.export(gateway, console, namespace, version, out, settings.signing())
+
+
+def import_bundle(file: Positional[Path], namespace: str = "default") -> None:
+    """Register a residual bundle as the next version of a namespace. The policy server checks it and says what does not fit."""
     from services.cli import work
 
     with Gateway(CliSettings.load()) as gateway:
-        work.export(gateway, console, namespace, version, out)
+        work.import_bundle(gateway, console, file, namespace)
 
 
 def report(record: Path | None = None, out: Path = Path("report.html")) -> None:
@@ -203,6 +224,8 @@ def _module(name: str) -> Callable[[], None]:
 
     command.__doc__ = {
         "demos": "Collect demonstrations with the scripted experts. Own options: world2act demos --help.",
+        "build-skills": "Cut demonstrations of any origin into a data set of skills. Own options: world2act build-skills --help.",
+        "skills-report": "Gather built skill data sets into docs/skills.md. Own options: world2act skills-report --help.",
         "train-worldmodel": "Train the embedded world model, or with --backbone fine-tune a large one: --help.",
         "evaluate-worldmodel": "Quality of world models on held-out clips. Own options: world2act evaluate-worldmodel --help.",
         "train-base": "Train the base policy by behaviour cloning. Own options: world2act train-base --help.",
@@ -218,9 +241,12 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "up": up,
     "down": down,
     "status": status,
+    "prometheus": prometheus,
     "demos": _module("demos"),
     "segment": segment,
     "schemas": schemas,
+    "build-skills": _module("build-skills"),
+    "skills-report": _module("skills-report"),
     "imagine": imagine,
     "rollout": rollout,
     "train-worldmodel": _module("train-worldmodel"),
@@ -236,6 +262,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "cancel": cancel,
     "report": report,
     "export": export,
+    "import": import_bundle,
     "demo": demo,
 }
 

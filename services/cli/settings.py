@@ -18,6 +18,7 @@ PORTS = {
     "triton": ("triton_http_port", "triton_grpc_port", "triton_metrics_port"),
     "vla": ("vla_port",),
     "simulator": ("simulator_port",),
+    "prometheus": ("prometheus_port",),
 }
 """The doors' ports by service; metrics ports are METRICS_PORTS."""
 
@@ -28,6 +29,9 @@ class CliSettings(CommonSettings):
     gateway_url: str = Field("", description="gateway to talk to; empty: http://host:gateway_port")
     gateway_token: SecretStr = Field(SecretStr(""), description="bearer token of the gateway, if it wants one")
     gateway_token_file: Path | None = Field(None, description="file that holds the token instead")
+    signing_key: SecretStr = Field(SecretStr(""), description="Ed25519 private key (PEM) that `world2act export` signs with")
+    signing_key_file: Path | None = Field(None, description="file that holds the signing key instead")
+    prometheus_port: int = Field(9090, description="where `world2act prometheus` serves")
     port_offset: int = Field(0, ge=0, le=15_000, description="`world2act` adds this to every default port, so that two can run")
     start_timeout_s: float = Field(300.0, gt=0, description="`world2act up` gives up when a service is not ready within this")
 
@@ -53,12 +57,20 @@ class CliSettings(CommonSettings):
 
     def token(self) -> str:
         """The gateway's token, or "". Raises ValueError when its file cannot be read."""
-        if self.gateway_token_file is None:
-            return self.gateway_token.get_secret_value()
+        return self._secret("gateway_token")
+
+    def signing(self) -> str:
+        """The private key that exports are signed with, or "". Raises ValueError when its file cannot be read."""
+        return self._secret("signing_key")
+
+    def _secret(self, name: str) -> str:
+        file: Path | None = getattr(self, f"{name}_file")
+        if file is None:
+            return str(getattr(self, name).get_secret_value())
         try:
-            return self.gateway_token_file.read_text().strip()
-        except OSError as error:
-            raise ValueError(f"gateway_token_file: cannot read {self.gateway_token_file}: {error.strerror}") from None
+            return file.read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{name}_file: cannot read {file}: {getattr(error, 'strerror', 'it is no text')}") from None
 
     def redis_address(self) -> tuple[str, int]:
         parts = urlsplit(self.redis_url)
@@ -82,4 +94,5 @@ class CliSettings(CommonSettings):
         }
         metrics = {"W2A_METRICS_PORT": str(self.metrics(service))} if service in METRICS_PORTS else {}
         threads = str(self.torch_threads)
-        return {"OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"} | dict(os.environ) | shared | metrics
+        mine = {name: value for name, value in os.environ.items() if name != "W2A_SIGNING_KEY"}  # no service signs
+        return {"OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"} | mine | shared | metrics

@@ -14,6 +14,7 @@ import redis
 
 from services.cli.settings import PORTS, CliSettings
 from services.runtime.embedded import valkey_command
+from services.runtime.settings import METRICS_PORTS
 from services.runtime.streams import connect
 from services.runtime.telemetry import Check
 
@@ -69,6 +70,12 @@ def redis_ready(url: str) -> Callable[[], str | None]:
             return str(error)[:200]
 
     return check
+
+
+def metrics_targets(settings: CliSettings) -> dict[str, str]:
+    """Service -> host:port of its /metrics. Redis has none: the gateway tells of it."""
+    ports = {"triton": settings.triton_metrics_port, **{service: settings.metrics(service) for service in METRICS_PORTS}}
+    return {service: f"{settings.host}:{port}" for service, port in ports.items()}
 
 
 def service_specs(settings: CliSettings) -> list[ServiceSpec]:

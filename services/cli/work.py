@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from rich.console import Console
 from rich.table import Table
@@ -169,8 +170,11 @@ def newest_namespace(gateway: Gateway) -> str:
     return "default"
 
 
-def export(gateway: Gateway, console: Console, namespace: str | None, version: int, out: Path) -> Path:
-    """Write the residual bundle of a published version to a file."""
+def export(gateway: Gateway, console: Console, namespace: str | None, version: int, out: Path, key: str = "") -> Path:
+    """Write the residual bundle of a published version to a file, signed with the private key `key` (PEM) if there is one."""
+    from world2act.signature import name_of, private_key, short, sign
+
+    signer = private_key(key, "signing_key") if key else None
     namespace = namespace or newest_namespace(gateway)
     versions = {v["version"]: v for v in gateway.call("GET", f"/policies/{namespace}")}
     if not versions:
@@ -178,6 +182,19 @@ def export(gateway: Gateway, console: Console, namespace: str | None, version: i
     wanted = max(versions) if version < 0 else version
     if wanted not in versions:
         raise CliError(f"version: {wanted} of {namespace!r} is not published; there are {', '.join(map(str, sorted(versions)))}")
-    size = gateway.download(versions[wanted]["artifact"], out)
-    console.print(f"{out}: version {wanted} of {namespace}, {size / 1024:.0f} KiB")
+    change = (lambda content: sign(content, signer)) if signer is not None else None
+    size = gateway.download(versions[wanted]["artifact"], out, change)
+    signed = f"signed by key {short(name_of(signer.public_key()))}" if signer is not None else "not signed"
+    console.print(f"{out}: version {wanted} of {namespace}, {size / 1024:.0f} KiB, {signed}", soft_wrap=True)
     return out
+
+
+def import_bundle(gateway: Gateway, console: Console, file: Path, namespace: str) -> Result:
+    """Register a bundle file as the next version of `namespace`; the policy server checks it and refuses what does not fit."""
+    try:
+        with file.open("rb") as f:
+            found = gateway.call("POST", f"/policies/{quote(namespace, safe='')}", files={"file": (file.name, f)})
+    except OSError as error:
+        raise CliError(f"{file}: {error.strerror}") from None
+    console.print(f"{file}: version {found['version']} of {found['namespace']}", soft_wrap=True)
+    return dict(found)

@@ -6,12 +6,14 @@ import signal
 import socket
 import sys
 
+import prometheus_client
 import structlog
 import uvicorn
 from pydantic import ValidationError
 
 from services.gateway.app import create_app
 from services.gateway.settings import GatewaySettings
+from services.gateway.state import State
 from services.runtime.telemetry import configure_logging, serve_health
 
 
@@ -28,6 +30,7 @@ def main() -> int:
             door.bind((settings.host, settings.gateway_port))
         except OSError as error:
             raise OSError(f"gateway: cannot bind {settings.host}:{settings.gateway_port}: {error.strerror}") from None
+        prometheus_client.REGISTRY.register(State(app.state.doors))
         health = serve_health("gateway", settings, app.state.doors.checks())
     except (ValidationError, ValueError, OSError) as error:
         print(str(error), file=sys.stderr)

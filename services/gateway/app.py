@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import anyio
 import structlog
 from fastapi import Body, FastAPI, Header, Query, Request, Response
+from fastapi import Path as InPath
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse
 from pydantic import ValidationError
 from sse_starlette import EventSourceResponse
@@ -21,6 +22,7 @@ from services.gateway.guard import Guard
 from services.gateway.problems import ProblemDetails, ProblemError, from_validation, invalid
 from services.gateway.requests import (
     EXAMPLES,
+    NAMESPACE,
     EvaluateRequest,
     ImagineRequest,
     JobAccepted,
@@ -47,6 +49,8 @@ TYPES = {
     "hdf5": "application/x-hdf5",
     "txt": "text/plain; charset=utf-8",
 }
+MOST_BUNDLE_BYTES = 256 * 1024 * 1024
+BUNDLE_FORM = {"type": "object", "required": ["file"], "properties": {"file": {"type": "string", "format": "binary"}}}
 RolloutBody = Annotated[RolloutRequest, Body(openapi_examples=EXAMPLES["rollout"])]
 ImagineBody = Annotated[ImagineRequest, Body(openapi_examples=EXAMPLES["imagine"])]
 PosttrainBody = Annotated[PosttrainRequest, Body(openapi_examples=EXAMPLES["posttrain"])]
@@ -74,6 +78,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     add_pages(app, doors)
     add_segment(app, doors)
     add_jobs(app, doors)
+    add_policies(app, doors)
     add_reading(app, doors)
     app.add_middleware(Guard, settings=settings)
     return app
@@ -256,11 +261,54 @@ def add_jobs(app: FastAPI, doors: Doors) -> None:
         return accept("stage1", asked.params(), response)
 
 
+# -- policies ----------------------------------------------------------------------------------------------------------
+
+
+def add_policies(app: FastAPI, doors: Doors) -> None:
+    """Published versions, and the import of a bundle as one."""
+
+    @app.get("/policies/{namespace}", tags=["jobs"])
+    def policies(namespace: str) -> list[PolicyVersion]:
+        """Published residual versions of a namespace (a post-training job's id), oldest first."""
+        found: dict[int, PolicyVersion] = {}
+        after = "0"
+        while batch := list(read_all(doors.redis, POLICY_VERSIONS, PolicyVersion, after)):
+            found |= {version.version: version for _, version in batch if version.namespace == namespace}
+            after = batch[-1][0]
+        return [found[v] for v in sorted(found)]
+
+    @app.post(
+        "/policies/{namespace}",
+        status_code=201,
+        tags=["work"],
+        openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": BUNDLE_FORM}}}},
+        responses={409: {"model": ProblemDetails, "description": problems.TITLES[409], "content": {problems.MEDIA_TYPE: {}}}},
+    )
+    async def import_policy(namespace: Annotated[str, InPath(pattern=NAMESPACE)], request: Request) -> PolicyVersion:
+        """Import a residual bundle (multipart field `file`) as the namespace's next version; the same bundle is the same version.
+
+        The policy server checks it: damage, base policy, world model, adapters, statistics, limits, bound, signature."""
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "multipart/form-data":
+            raise ProblemError(415, "Content-Type: must be multipart/form-data with the bundle as field file")
+        await run_in_threadpool(doors.redis.ping)
+        await run_in_threadpool(doors.need, "vla")
+        async with request.form(max_files=1, max_fields=1) as form:
+            file = form.get("file")
+            if not isinstance(file, UploadFile) or len(form) != 1:
+                raise invalid("file", "must be the form's one field: the bundle, a safetensors file")
+            if (file.size or 0) > MOST_BUNDLE_BYTES:
+                raise ProblemError(413, f"file: a bundle has at most {MOST_BUNDLE_BYTES} bytes")
+            content = await file.read()
+        uploads.check_bundle(content)
+        name = await run_in_threadpool(doors.artifacts.put, content, "safetensors")
+        return await run_in_threadpool(doors.import_policy, namespace, name)
+
+
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
 def add_reading(app: FastAPI, doors: Doors) -> None:
-    """Jobs, their events, artifacts, policy versions."""
+    """Jobs, their events, artifacts."""
 
     def known(job: str) -> Job:
         found = doors.jobs.get(job)
@@ -295,16 +343,6 @@ def add_reading(app: FastAPI, doors: Doors) -> None:
         if found.kind == "segment":
             doors.celery.backend.forget(str(found.params.get("celery_id", "")))
         return doors.jobs.cancel(job_id)
-
-    @app.get("/policies/{namespace}", tags=["jobs"])
-    def policies(namespace: str) -> list[PolicyVersion]:
-        """Published residual versions of a namespace (a post-training job's id), oldest first."""
-        found: dict[int, PolicyVersion] = {}
-        after = "0"
-        while batch := list(read_all(doors.redis, POLICY_VERSIONS, PolicyVersion, after)):
-            found |= {version.version: version for _, version in batch if version.namespace == namespace}
-            after = batch[-1][0]
-        return [found[v] for v in sorted(found)]
 
     @app.get("/artifacts/{name}", tags=["jobs"], responses={200: {"content": {"application/octet-stream": {}}}})
     def artifact(name: str) -> Response:

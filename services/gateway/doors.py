@@ -16,16 +16,25 @@ from services.gateway.problems import ProblemError, invalid
 from services.gateway.settings import GatewaySettings
 from services.runtime import messages
 from services.runtime.artifacts import ArtifactStore
+from services.runtime.generated import policy_pb2
+from services.runtime.generated.policy_pb2_grpc import PolicyStub
 from services.runtime.generated.simulator_pb2 import DescribeRequest
 from services.runtime.generated.simulator_pb2_grpc import SimulatorStub
 from services.runtime.jobs import Job, JobStore
+from services.runtime.messages import PolicyVersion
+from services.runtime.policies import import_version
 from services.runtime.rpc import connect_channel, healthy
 from services.runtime.streams import backlog, connect
 from services.runtime.telemetry import HEARTBEAT_SECONDS, Check, heartbeats, redis_check
 
 SEGMENT_TASK, SEGMENT_QUEUE = "world2act.segment", "segment"
+LOAD_SECONDS = 60.0
 WORKERS, SILENT_S = ("segmenter", "worldmodel", "rollout", "trainer"), 5 * HEARTBEAT_SECONDS
 STREAMS = (messages.JOBS, messages.ROLLOUT_REQUESTS, messages.IMAGINE_REQUESTS)
+
+
+def _publishes_to(job: Job) -> str:
+    return str(job.params.get("namespace") or job.id)
 
 
 class Doors:
@@ -123,6 +132,32 @@ class Doors:
             return f"at {self.settings.triton_http()} is not ready (status {error.code})"
         except (OSError, ValueError):
             return f"at {self.settings.triton_http()} does not answer"
+
+    def import_policy(self, namespace: str, name: str) -> PolicyVersion:
+        """Have the policy server check bundle `name` and publish it as the namespace's next version.
+
+        Raises ProblemError: 422 with the server's sentence for what it refuses, 409 where a job publishes there, 503.
+        """
+        for job in self.jobs.recent(1000):
+            if job.kind == "posttrain" and job.status in ("queued", "running") and namespace == _publishes_to(job):
+                raise ProblemError(409, f"namespace: job {job.id} publishes its versions in {namespace!r}; choose another")
+
+        def load(version: int) -> None:
+            address = self.settings.vla()
+            request = policy_pb2.LoadRequest(namespace=namespace, version=version, uri=name)
+            with connect_channel(address) as channel:
+                try:
+                    PolicyStub(channel).Load(request, timeout=LOAD_SECONDS)  # type: ignore[no-untyped-call]
+                except grpc.RpcError as error:
+                    if error.code() in (grpc.StatusCode.DATA_LOSS, grpc.StatusCode.INVALID_ARGUMENT):
+                        raise invalid("file", str(error.details()).removeprefix(f"{name}: ")) from None
+                    reason = f"at {address} does not answer" if error.code() == grpc.StatusCode.UNAVAILABLE else "failed"
+                    raise ProblemError(503, f"vla {reason}; try again", service="vla") from None
+
+        try:
+            return import_version(self.redis, namespace, name, load)
+        except redis.exceptions.LockError:
+            raise ProblemError(409, f"namespace: another import into {namespace!r} is under way; try again") from None
 
     def vla_missing(self) -> str | None:
         address = self.settings.vla()

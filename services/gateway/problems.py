@@ -97,6 +97,8 @@ def from_validation(errors: Sequence[Any]) -> ProblemError:
     for error in errors[:20]:
         place = [str(p) for p in error["loc"] if p not in ("body", "query", "path")]
         message = str(error["msg"]).removeprefix("Value error, ")
+        if error.get("type") == "json_invalid":  # its place is a number of characters, which is no field
+            place, message = [], f"is not JSON ({error.get('ctx', {}).get('error', message)})"
         named, _, rest = message.partition(": ")
         if not place and rest and named.isidentifier():  # a whole-model validator names the field in its text
             place, message = [named], rest

@@ -44,6 +44,14 @@ def too_large(field: str, settings: GatewaySettings) -> ProblemError:
     return ProblemError(413, f"{field}: larger than the limit of {settings.upload_limit_bytes} bytes (W2A_UPLOAD_LIMIT_BYTES)")
 
 
+def check_bundle(content: bytes) -> None:
+    """422 unless `content` starts as a safetensors file does: what is plainly something else is not stored. The policy server
+    checks the rest."""
+    size = int.from_bytes(content[:8], "little")
+    if not 2 <= size <= len(content) - 8 or content[8:9] != b"{":
+        raise invalid("file", "is not a safetensors file, or is truncated")
+
+
 def check_episode(upload: IO[bytes], demo: str | None, field: str = "file") -> None:
     """422 unless `upload` is a whole HDF5 file in the robomimic layout that refers to no other file and holds `demo`.
 

@@ -55,6 +55,8 @@ class CollectSettings:
     """Share of scenes whose expert is perturbed, 0 to 1."""
     noise: float = 0.6
     """Standard deviation of a perturbed span's xyz offset, in action units; of every other one on average, twice that."""
+    camera_every: int = 1
+    """Draw a frame after every that many actions; those between repeat it, as a slow camera's do. 4 in LIBERO: half the time."""
     workers: int = 2
     """Processes."""
     simulator: str = "metaworld"
@@ -76,7 +78,7 @@ class Tally:
     perturbed_failed: int = 0
 
 
-def env_args(spec: base.EnvironmentSpec, task: str) -> dict[str, object]:
+def env_args(spec: base.EnvironmentSpec, task: str, camera_every: int = 1) -> dict[str, object]:
     """The env_args of a file of `task`."""
     return {
         "env_name": task,
@@ -86,6 +88,7 @@ def env_args(spec: base.EnvironmentSpec, task: str) -> dict[str, object]:
         "cameras": {camera.name: camera.cell for camera in spec.cameras},
         "gripper_open_width": spec.gripper_open_width,
         "gripper_width_index": spec.gripper_width_index,
+        **({"camera_every": camera_every} if camera_every > 1 else {}),
     }
 
 
@@ -94,7 +97,7 @@ def is_perturbed(index: int, share: float) -> bool:
     return int((index + 1) * share + 1e-9) > int(index * share + 1e-9)
 
 
-def record(env: base.Environment, task: str, split: Split, index: int, noise: float) -> Episode:
+def record(env: base.Environment, task: str, split: Split, index: int, noise: float = 0.0, camera_every: int = 1) -> Episode:
     """One episode of the expert in scene (split, index). noise > 0 perturbs: xyz offsets of that spread or twice it."""
     spec = env.spec
     seed = scene_seed(split, index)
@@ -102,7 +105,7 @@ def record(env: base.Environment, task: str, split: Split, index: int, noise: fl
     gripper = [axis.name == "gripper" for axis in spec.action]
     observation = env.reset(task, seed)
     images = {name: [image] for name, image in observation.images.items()}
-    states, actions = [observation.state], []
+    states, actions, known = [observation.state], [], [truth(env)]
     intended: list[bool] = []
     wander = int(rng.integers(0, LONGEST_WANDER + 1)) if noise > 0 else 0
     success, after, left = False, 0, 0
@@ -121,12 +124,13 @@ def record(env: base.Environment, task: str, split: Split, index: int, noise: fl
         for _ in range(spec.chunk):
             wanted = np.zeros_like(offset) if wandering else env.expert_action()
             action = np.clip(wanted + offset, -1.0, 1.0).astype(np.float32)
-            result = env.step(action[None], "all")
             actions.append(action)
+            result = env.step(action[None], "none" if len(actions) % camera_every else "last")
             intended.append(not offset.any())
             states.append(result.states[0])
+            known.append(truth(env))
             for name, frames in result.images.items():
-                images[name].append(frames[0])
+                images[name].append(frames[0] if len(frames) else images[name][-1])
             success = result.success
         after += success
         if after > AFTER_SUCCESS:
@@ -143,14 +147,22 @@ def record(env: base.Environment, task: str, split: Split, index: int, noise: fl
         actions=np.stack(actions),
         success=success,
         intended=np.array(intended),
+        truth={name: np.array([moment[name] for moment in known], np.float32) for name in known[0]} or None,
     )
+
+
+def truth(env: base.Environment) -> dict[str, float]:
+    """`Environment.truth`, or nothing from a simulator that does not tell."""
+    return {} if type(env).truth is base.Environment.truth else env.truth()
 
 
 def collect_task(env: base.Environment, task: str, settings: CollectSettings) -> Iterator[Tally]:
     """Write one task's file; yields the tally after every scene. Raises RuntimeError when the expert fails nearly always."""
     path = settings.out / settings.split.value / f"{task}.hdf5"
     tally = Tally(task)
-    with EpisodeWriter(path, split=settings.split, env_args=env_args(env.spec, task), resume=settings.resume) as writer:
+    with EpisodeWriter(
+        path, split=settings.split, env_args=env_args(env.spec, task, settings.camera_every), resume=settings.resume
+    ) as writer:
         tally.existing = tally.written = len(writer.indices)
         start = max(writer.indices, default=-1) + 1
         wanted = settings.episodes - tally.written
@@ -158,7 +170,7 @@ def collect_task(env: base.Environment, task: str, settings: CollectSettings) ->
             if tally.written >= settings.episodes:
                 break
             perturbed = is_perturbed(index, settings.perturbed_share)
-            episode = record(env, task, settings.split, index, settings.noise if perturbed else 0.0)
+            episode = record(env, task, settings.split, index, settings.noise if perturbed else 0.0, settings.camera_every)
             if perturbed:
                 tally.perturbed += 1
                 tally.perturbed_failed += not episode.success
@@ -202,6 +214,7 @@ def collect(settings: CollectSettings, console: Console | None = None) -> list[T
         ("episodes", settings.episodes, 1, 100_000),
         ("perturbed_share", settings.perturbed_share, 0, 1),
         ("noise", settings.noise, 0, 2),
+        ("camera_every", settings.camera_every, 1, 100),
         ("workers", settings.workers, 1, 64),
     ):
         if not low <= value <= high:
@@ -280,7 +293,7 @@ def main() -> int:
     try:
         print_tallies(collect(settings), console)
     except (ValueError, RuntimeError, OSError) as error:
-        console.print(f"[red]error[/red] {error}")
+        console.print(f"[red]error:[/red] {error}")
         return 1
     return 0
 

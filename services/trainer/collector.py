@@ -106,6 +106,8 @@ class Collector(threading.Thread):
     def _executed(self, result: RolloutResult) -> None:
         progress = self.flow.executed(result)
         if progress is None or progress.state != "executed":
+            if progress is not None and not result.error:
+                metrics.TOO_STALE.inc()
             return
         imagine = result.imagine_id or self._ask_open_loop(result)
         self._asked[imagine] = time.monotonic()

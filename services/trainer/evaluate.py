@@ -12,9 +12,16 @@ from world2act.evaluation import Comparison, Outcome, compare, plain_table, wils
 
 
 def pinned(context: JobContext, ref: PolicyRef) -> PolicyRef:
-    """`ref` with -1 replaced by the newest published version, so that every episode meets the same policy."""
-    newest = context.ledger.newest(ref.namespace) if ref.version < 0 else None
-    return ref if newest is None else PolicyRef(namespace=ref.namespace, version=newest)
+    """`ref` with -1 replaced by the newest published version, so that every episode meets the same policy.
+
+    Raises ValueError where nothing was published: the base alone would act, under the name of a policy that does not exist.
+    """
+    if ref.version >= 0:
+        return ref
+    newest = context.ledger.newest(ref.namespace)
+    if newest is None:
+        raise ValueError(f"namespace: {ref.namespace!r} has no published version; post-train or import one, or name a job's")
+    return PolicyRef(namespace=ref.namespace, version=newest)
 
 
 def request(context: JobContext, params: EvaluateParams, ref: PolicyRef, task: str, index: int) -> RolloutRequest:

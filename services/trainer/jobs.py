@@ -3,6 +3,7 @@ died, or when Redis went away, is taken up again; what it had already requested,
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable
@@ -116,6 +117,8 @@ def serve(settings: TrainerSettings, stop: threading.Event) -> None:
                 log.exception("worker starts again", worker=number)
                 stop.wait(1.0)
 
+    for kind, status in itertools.product(RUNNERS, ENDED):  # rate() does not see the first step of a counter that appears
+        metrics.JOBS.labels(kind, status)
     threads = [threading.Thread(target=work, args=(i,), name=f"jobs-{i}") for i in range(settings.job_workers)]
     for thread in threads:
         thread.start()

@@ -5,22 +5,20 @@ Delivery is at least once, so every write here happens once by construction: a s
 
 from __future__ import annotations
 
-import time
-from typing import Any, cast
+from typing import cast
 
 import redis
 
 from services.runtime.jobs import KEEP_SECONDS
 from services.runtime.messages import (
     IMAGINE_REQUESTS,
-    POLICY_VERSIONS,
     ROLLOUT_REQUESTS,
     ImagineRequest,
-    PolicyVersion,
     RolloutRequest,
     RolloutResult,
     trajectories,
 )
+from services.runtime.policies import publish_version, published, versions_key
 
 # KEYS: the job's finished episodes (hash), its trajectories stream, the imagine requests stream.
 # ARGV: episode id, result, imagine request ("" if none), seconds to keep.
@@ -45,11 +43,6 @@ return 1
 def finished_key(job: str) -> str:
     """Hash of a job's finished episodes: id -> RolloutResult."""
     return f"w2a:rollouts:{job}"
-
-
-def versions_key(namespace: str) -> str:
-    """Hash of a policy namespace: version -> artifact of its bundle."""
-    return f"w2a:policy:{namespace}"
 
 
 class Ledger:
@@ -84,19 +77,10 @@ class Ledger:
 
     def newest(self, namespace: str) -> int | None:
         """The newest published version, or None where nothing was published."""
-        versions = cast(Any, self.client.hkeys(versions_key(namespace)))
-        return max((int(v) for v in versions), default=None)
+        return max(published(self.client, namespace), default=None)
 
     def publish_version(
         self, namespace: str, version: int, artifact: str, state: tuple[str, dict[str, str]] | None = None
     ) -> None:
         """Record and announce a version; `state` (key, fields of a hash) is written in the same transaction."""
-        message = PolicyVersion(namespace=namespace, version=version, artifact=artifact, published=time.time())
-        with self.client.pipeline(transaction=True) as pipe:
-            pipe.hset(versions_key(namespace), str(version), artifact)
-            pipe.expire(versions_key(namespace), KEEP_SECONDS)
-            pipe.xadd(POLICY_VERSIONS, {"json": message.model_dump_json()}, maxlen=10_000, approximate=True)
-            if state is not None:
-                pipe.hset(state[0], mapping=cast(Any, state[1]))
-                pipe.expire(state[0], KEEP_SECONDS)
-            pipe.execute()
+        publish_version(self.client, namespace, version, artifact, state)

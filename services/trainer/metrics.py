@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from prometheus_client import Counter, Gauge, Histogram
 
-EPISODES = Counter("w2a_rollout_episodes_total", "Episodes executed", ["task", "outcome"])
+EPISODES = Counter("w2a_rollout_episodes_total", "Episodes executed", ["task", "split", "outcome"])
+OUTCOMES = ("success", "no success", "error")
 EPISODE_SECONDS = Histogram(
     "w2a_rollout_episode_seconds", "Wall time of one episode", buckets=(0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64)
 )
@@ -22,4 +23,5 @@ VERSION = Gauge("w2a_trainer_policy_version", "Newest residual version published
 STALENESS = Histogram(
     "w2a_trainer_staleness", "Rounds between acting policy and learner, per episode", buckets=(0, 1, 2, 3, 4, 8)
 )
+TOO_STALE = Counter("w2a_trainer_episodes_too_stale_total", "Episodes refused: their policy version was older than the bound")
 COUNTED = Counter("w2a_trainer_episodes_counted_total", "Episodes that joined with their targets and count once")

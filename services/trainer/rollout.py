@@ -87,6 +87,8 @@ class Coordinator:
         if self.ledger.finished(request.job, request.id):
             return
         structlog.contextvars.bind_contextvars(job=request.job, episode=request.id)
+        for outcome in metrics.OUTCOMES:  # at 0 before it counts: rate() does not see the first step of a counter that appears
+            metrics.EPISODES.labels(request.task[:40], request.split[:20], outcome)
         imagine: ImagineRequest | None = None
         try:
             started, recorded = self._execute(request, worker)
@@ -106,9 +108,8 @@ class Coordinator:
         except ValueError as error:
             result = failed(request, str(error))
         self.ledger.finish(result, imagine)
-        metrics.EPISODES.labels(
-            request.task[:40], "error" if result.error else "success" if result.success else "no success"
-        ).inc()
+        outcome = "error" if result.error else "success" if result.success else "no success"
+        metrics.EPISODES.labels(request.task[:40], request.split[:20], outcome).inc()
         metrics.CHUNKS.inc(result.chunks)
         if result.error:
             log.warning("episode failed", task=request.task, error=result.error[:300])

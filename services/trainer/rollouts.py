@@ -65,7 +65,9 @@ def imagined_json(result: ImagineResult, row: int, prompts: list[str]) -> dict[s
 
 def run(context: JobContext, params: RolloutParams) -> dict[str, Any]:
     """Result: `rollouts`, one entry per initial state with the names of its artifacts and, where executed, its outcome."""
-    ref = pinned(context, PolicyRef(namespace=params.namespace, version=params.version))
+    ref = PolicyRef(namespace=params.namespace, version=params.version)
+    if params.mode != "imagine" and (ref.namespace != "default" or context.ledger.newest("default") is not None):
+        ref = pinned(context, ref)  # the default namespace without a version is the base policy alone
     split, indices = params.split.value, list(dict.fromkeys(params.indices))
     imagines: list[ImagineRequest] = []
     prompts: list[str] = []

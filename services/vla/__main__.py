@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from pathlib import Path
 
 import structlog
 import torch
@@ -24,6 +24,7 @@ from services.vla.versions import Versions
 from services.vla.vision import Vision
 from world2act.bundle import Bundle
 from world2act.models.adapters import Adapters
+from world2act.signature import trusted_keys
 
 log = structlog.get_logger()
 GRACE_SECONDS = 5.0
@@ -32,22 +33,28 @@ GRACE_SECONDS = 5.0
 def load_engine(settings: VlaSettings) -> Engine:
     """Policy, world model and adapters that belong together. Raises FileNotFoundError or ValueError with one clear sentence."""
     vision = Vision(settings.weights(settings.vla_worldmodel))
-    adapters_hash = ""
-    if settings.vla_adapters:
-        adapters = Adapters.load(settings.weights(settings.vla_adapters))
+    adapters = Adapters.load(settings.weights(settings.vla_adapters)) if settings.vla_adapters else None
+    if adapters is not None:
         adapters.check_worldmodel(vision.hash)
-        adapters_hash = adapters.hash
-    return Engine(base.make(settings), vision, adapters_hash, settings.vla_block)
+    return Engine(
+        base.make(settings),
+        vision,
+        adapters.hash if adapters is not None else "",
+        settings.vla_block,
+        adapters,
+        settings.vla_max_bound or math.inf,
+        trusted_keys(settings.vla_trusted_keys, "vla_trusted_keys"),
+    )
 
 
 def load_residual(settings: VlaSettings, engine: Engine, versions: Versions) -> None:
     """Put the bundle that the settings name in memory, so that a server without a trainer has it. Raises as `Engine.check`."""
-    if settings.vla_residual:
-        path = Path(settings.vla_residual)
+    if settings.vla_bundle is not None:
+        path = settings.vla_bundle
         content = path.read_bytes()
         version = Bundle.from_bytes(content, str(path)).version
         if version < 1:
-            raise ValueError(f"vla_residual: {path} has version {version}; 0 is the base alone")
+            raise ValueError(f"vla_bundle: {path} has version {version}; 0 is the base alone")
         versions.add(DEFAULT_NAMESPACE, engine.check(content, version, str(path)))
         log.info("residual loaded", version=version, file=str(path))
 

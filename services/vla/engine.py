@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,8 @@ from services.vla.observations import Observations
 from services.vla.policies.base import BasePolicy, in_blocks
 from services.vla.versions import Residual
 from services.vla.vision import Vision
-from world2act.bundle import Bundle, Origin
+from world2act.bundle import ActionLayout, Bundle, Origin
+from world2act.models.adapters import Adapters
 from world2act.models.store import WeightsError
 from world2act.types import FloatArray
 
@@ -48,10 +50,23 @@ class Chunks:
 
 
 class Engine:
-    """Stateless after construction; `compute` is called by one thread, `check` by any."""
+    """Stateless after construction; `compute` is called by one thread, `check` by any.
 
-    def __init__(self, policy: BasePolicy, vision: Vision, adapters_hash: str, block: int) -> None:
+    adapters_hash: empty where bundles of any adapters load; adapters, max_bound, trusted: see `Bundle.from_bytes`.
+    """
+
+    def __init__(
+        self,
+        policy: BasePolicy,
+        vision: Vision,
+        adapters_hash: str,
+        block: int,
+        adapters: Adapters | None = None,
+        max_bound: float = math.inf,
+        trusted: frozenset[str] = frozenset(),
+    ) -> None:
         self.policy, self.vision, self.adapters_hash, self.block = policy, vision, adapters_hash, block
+        self.adapters, self.max_bound, self.trusted = adapters, max_bound, trusted
 
     def compute(self, jobs: Sequence[ActJob]) -> list[Chunks | Exception]:
         """One batch. A residual that fails spoils only the requests that asked for it."""
@@ -102,16 +117,21 @@ class Engine:
     def check(self, content: bytes, version: int, uri: str) -> Residual:
         """A residual out of a bundle's bytes, tried once. Raises WeightsError (a ValueError) that says what does not fit.
 
-        Refused are: a damaged file, missing statistics, another base policy, world model or adapters, other action limits.
+        Refused are: a damaged file, missing statistics, another base policy, world model or adapters, other statistics or
+        action limits, a bound that is too large, a signature that is missing or does not hold.
         """
         spec = self.policy.spec
-        adapters = self.adapters_hash or Bundle.from_bytes(content, uri).origin.adapters  # empty: any
-        bundle = Bundle.from_bytes(content, uri, Origin(spec.hash, self.vision.hash, adapters))
-        if (bundle.layout.low, bundle.layout.high) != (spec.low, spec.high):
-            raise WeightsError(
-                f"{uri}: the residual's action limits are {bundle.layout.low} to {bundle.layout.high}, "
-                f"the base policy's {spec.low} to {spec.high}"
-            )
+        bundle = Bundle.from_bytes(
+            content,
+            uri,
+            Origin(spec.hash, self.vision.hash, self.adapters_hash),
+            adapters=self.adapters,
+            max_bound=self.max_bound,
+            trusted=self.trusted,
+        )
+        names = (bundle.layout.names + ("?",) * spec.action_size)[: spec.action_size]  # a policy says limits, not names
+        if difference := bundle.layout.difference(ActionLayout(names, spec.low, spec.high)):
+            raise WeightsError(f"{uri}: the residual's action layout {difference}")
         residual = Residual(version, uri, bundle)
         self._try(residual)
         return residual

@@ -120,7 +120,8 @@ class PolicyServicer(policy_pb2_grpc.PolicyServicer):
             except (ArtifactError, ValueError) as error:
                 raise RpcError(grpc.StatusCode.DATA_LOSS, str(error)) from None
             versions = self.versions.add(namespace, residual)
-        log.info("residual loaded", namespace=namespace, version=request.version, uri=request.uri)
+        signer = residual.bundle.signed_by or "nobody"
+        log.info("residual loaded", namespace=namespace, version=request.version, uri=request.uri, signed_by=signer)
         return policy_pb2.LoadReply(versions=versions)
 
 

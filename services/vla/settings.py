@@ -34,7 +34,6 @@ class VlaSettings(CommonSettings):
     vla_image_size: int = Field(64, ge=8, le=1024, description="pixels a side of each camera of the simulator it acts in")
     vla_gr00t_wrapper: bool = Field(False, description="the GR00T server runs with --use-sim-policy-wrapper (flat keys)")
     vla_device: str = Field("cpu", description="where lerobot's policy runs: cpu, cuda, cuda:1, mps")
-    vla_residual: str = Field("", description="residual bundle loaded at start into namespace default, a file; empty: none")
     vla_openpi_port: int = Field(0, ge=0, le=65535, description="openpi WebSocket door for robots' clients; 0: off")
     vla_gr00t_port: int = Field(0, ge=0, le=65535, description="GR00T ZeroMQ door for robots' clients; 0: off")
     vla_door_host: str = Field("127.0.0.1", description="address that these two doors bind")
@@ -47,6 +46,15 @@ class VlaSettings(CommonSettings):
     vla_worldmodel: str = Field("worldmodel.safetensors", description="world model whose VAE encodes what a residual sees")
     vla_adapters: str = Field(
         "adapters.safetensors", description="Stage 1 adapters that bundles must be made with; empty: bundles of any adapters load"
+    )
+    vla_bundle: Path | None = Field(
+        None, description="residual bundle loaded at the start, under its own version, into namespace default"
+    )
+    vla_trusted_keys: str = Field(
+        "", description="comma-separated PEM files of Ed25519 public keys: only bundles that one of them signed load; empty: any"
+    )
+    vla_max_bound: float = Field(
+        0.0, ge=0.0, description="largest bound of a residual that loads, in standard deviations of the actions; 0: any"
     )
     vla_max_batch: int = Field(32, ge=1, le=1024, description="observations in one request, and in one batch across clients")
     vla_max_wait_ms: float = Field(5.0, ge=0.0, le=1000.0, description="a request waits at most this long for others to join")

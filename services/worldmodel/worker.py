@@ -39,6 +39,8 @@ REQUESTS = Counter("w2a_imagine_requests_total", "Imagination requests answered"
 ROWS = Counter("w2a_imagine_rows_total", "Rows (clips with all their skills) imagined, cache hits not counted")
 CHUNKS = Counter("w2a_imagine_chunks_total", "Chunks (latents) imagined, cache hits not counted")
 HITS = Counter("w2a_imagine_cache_hits_total", "Requests answered from the cache")
+for _outcome in ("hit", "computed", "refused", "failed"):  # rate() does not see the first step of a counter that appears
+    REQUESTS.labels(_outcome)
 SECONDS = Histogram(
     "w2a_imagine_seconds", "From taking a request to its result", buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 )

@@ -158,7 +158,9 @@ def test_imagine_takes_skills_or_an_instruction(rig: Rig) -> None:
 @pytest.mark.parametrize(
     ("kind", "params", "words"),
     [
-        ("evaluate", {"tasks": ["fly"]}, "task: 'fly' is unknown"),
+        ("evaluate", {"tasks": ["fly"], "version": 0}, "task: 'fly' is unknown"),
+        ("evaluate", {"tasks": ["reach"], "namespace": "typo"}, "namespace: 'typo' has no published version"),
+        ("rollout", {"task": "reach", "indices": [0], "namespace": "typo"}, "namespace: 'typo' has no published version"),
         ("rollout", {"task": "fly", "indices": [0], "mode": "imagine"}, "task: 'fly' is unknown"),
         ("rollout", {"task": "reach", "indices": [0], "mode": "execute", "namespace": "n", "version": 3}, "never published"),
         ("imagine", {"task": "reach", "instruction": "x" * 501}, "instruction: "),

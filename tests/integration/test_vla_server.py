@@ -239,7 +239,7 @@ def test_robots_clients_reach_a_server_that_has_no_trainer(tmp_path_factory: pyt
     """A residual from a file and openpi's own client: what policy.proto answers, the client gets. A public door needs a token."""
     folder = tmp_path_factory.mktemp("vla-doors")
     server = VlaProcess(
-        folder, vla_openpi_port=free_port(), vla_door_token="let-me-in", vla_residual=folder / "residual.safetensors"
+        folder, vla_openpi_port=free_port(), vla_door_token="let-me-in", vla_bundle=folder / "residual.safetensors"
     )
     try:
         make_bundle(server.origin, 5).save(folder / "residual.safetensors")

@@ -66,7 +66,7 @@ class World:
         make_bundle(self.origin, 3).save(self.file)
         self.settings = VlaSettings(
             zoo=folder,
-            vla_residual=str(self.file),
+            vla_bundle=self.file,
             vla_openpi_port=free_port(),
             vla_gr00t_port=free_port(),
             vla_door_token=TOKEN,
@@ -362,11 +362,11 @@ def test_a_residual_of_other_weights_is_refused_at_start(world: World, tmp_path:
     bundle = make_bundle(world.origin, 1)
     other = Bundle(**{**vars(bundle), "origin": type(world.origin)("f" * 64, world.origin.worldmodel, world.origin.adapters)})
     other.save(tmp_path / "other.safetensors")
-    settings = world.settings.model_copy(update={"vla_residual": str(tmp_path / "other.safetensors")})
+    settings = world.settings.model_copy(update={"vla_bundle": tmp_path / "other.safetensors"})
     with pytest.raises(WeightsError, match="trained beside base policy ffffffffffff"):
         load_residual(settings, world.engine, world.versions)
     with pytest.raises(FileNotFoundError):
-        load_residual(world.settings.model_copy(update={"vla_residual": "nowhere"}), world.engine, world.versions)
+        load_residual(world.settings.model_copy(update={"vla_bundle": tmp_path / "nowhere"}), world.engine, world.versions)
 
 
 def test_without_doors_and_with_the_tiny_policy_none_of_the_extra_is_imported() -> None:

@@ -109,7 +109,9 @@ def test_nan_and_broken_json_are_422(client: TestClient) -> None:
     headers = {"content-type": "application/json"}
     body = b'{"instruction": "open it", "gripper_width_m": [0.1, NaN]}'
     problem(client.post("/segment", content=body, headers=headers), 422, "gripper_width_m", "finite")
-    problem(client.post("/segment", content=b'{"instruction"', headers=headers), 422, "JSON")
+    for path in ("/segment", "/rollout"):
+        found = problem(client.post(path, content=b'{"task":', headers=headers), 422, "body: is not JSON (")
+        assert found["errors"][0]["field"] == "body"
     problem(client.post("/segment", content=b"open it", headers={"content-type": "text/plain"}), 415, "Content-Type")
 
 
@@ -383,6 +385,17 @@ def test_policy_versions_of_a_namespace(client: TestClient, valkey: redis.Redis)
         )
     assert [v["version"] for v in client.get("/policies/a").json()] == [1, 2]
     assert client.get("/policies/none").json() == []
+
+
+def test_imports_that_are_no_bundles_are_refused_before_they_are_stored(client: TestClient, app: FastAPI) -> None:
+    stored = sorted(Path(app.state.doors.artifacts.root).rglob("*.safetensors"))
+    for data in (b"", b"hello", (10**9).to_bytes(8, "little") + b"{}", (2).to_bytes(8, "little") + b"[]"):
+        problem(client.post("/policies/default", files={"file": data}), 422, "file: is not a safetensors file, or is truncated")
+    problem(client.post("/policies/default", files={"other": b"x"}), 422, "file: must be the form's one field")
+    problem(client.post("/policies/default", json={}), 415, "multipart/form-data")
+    problem(client.post("/policies/a b", files={"file": b"x"}), 422, "namespace")
+    problem(client.post("/policies/default", files={"file": b"x" * 300_000}), 413, "200000")
+    assert sorted(Path(app.state.doors.artifacts.root).rglob("*.safetensors")) == stored
 
 
 def test_token_guards_everything_but_health(valkey_server: ValkeyProcess, tmp_path: Path) -> None:

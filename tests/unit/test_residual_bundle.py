@@ -108,8 +108,10 @@ def test_weights_that_are_not_finite_and_other_layouts_are_refused():
     with pytest.raises(store.WeightsError, match=r"not finite in head\.3\.bias"):
         Bundle.from_bytes(bundle(policy).to_bytes())
     other = ActionLayout(("x", "y", "z", "g"))
-    with pytest.raises(store.WeightsError, match="but the simulator's is"):
+    with pytest.raises(store.WeightsError, match=r"layout has dx in \[-1, 1\] as component 0, the one in use x in"):
         Bundle.from_bytes(bundle().to_bytes(), layout=other)
+    with pytest.raises(store.WeightsError, match="layout has 4 components, the one in use 1"):
+        Bundle.from_bytes(bundle().to_bytes(), layout=ActionLayout(("x",), (-1.0,), (1.0,)))
 
 
 def test_a_file_that_is_no_bundle_is_refused(tmp_path):

@@ -52,6 +52,20 @@ def read(path: Path) -> list[Episode]:
     return list(read_episodes(path, allowed=[Split.BASE]))
 
 
+def test_truth_is_optional_and_comes_back(tmp_path: Path) -> None:
+    known = {"touch/puck": np.arange(9, dtype=np.float32), "height/puck": np.full(9, 0.02, np.float32)}
+    path = write(tmp_path / "base" / "push.hdf5", episode(0), replace(episode(1), truth=known))
+    plain, told = read(path)
+    assert plain.truth is None and told.truth is not None and set(told.truth) == set(known)
+    assert all((told.truth[name] == values).all() for name, values in known.items())
+    with pytest.raises(ValueError, match=r"truth\['touch/puck'\]: must be float32"):
+        write(tmp_path / "base" / "bad.hdf5", replace(episode(2), truth={"touch/puck": np.zeros(3, np.float32)}))
+    with h5py.File(path, "a") as file:
+        file["data/demo_1/truth/touch/hand"] = h5py.SoftLink("/data/demo_0/actions")
+    with pytest.raises(FormatError, match="is a link"):
+        read(path)
+
+
 def test_round_trip_in_order_of_index(tmp_path: Path) -> None:
     mask = np.arange(20) % 8 < 4
     written = [episode(10), episode(2), replace(episode(1, steps=20), intended=mask)]

@@ -94,6 +94,19 @@ def test_a_perturbed_episode_records_what_was_executed() -> None:
     assert (again.actions == perturbed.actions).all()
 
 
+def test_truth_is_recorded_where_the_simulator_tells_and_a_slow_camera_repeats_its_frame() -> None:
+    class Telling(FakeEnvironment):
+        def truth(self) -> dict[str, float]:
+            return {"touch/cube": float(len(self.executed))}
+
+    assert collect.record(FakeEnvironment(), "go", Split.BASE, 1).truth is None
+    episode = collect.record(Telling(), "go", Split.BASE, 1, camera_every=4)
+    assert episode.truth is not None and episode.truth["touch/cube"].dtype == np.float32
+    assert episode.truth["touch/cube"].tolist() == list(range(len(episode.actions) + 1)), "one value a frame, as it was then"
+    shown = [int(image[0, 0, 0]) for image in episode.images["primary"]]
+    assert shown == [t // 4 * 4 for t in range(len(episode.actions) + 1)]
+
+
 def test_which_scenes_are_perturbed_does_not_depend_on_how_many() -> None:
     for share in (0.0, 0.25, 0.5, 0.7, 1.0):
         marks = [collect.is_perturbed(i, share) for i in range(200)]

@@ -126,29 +126,18 @@ class ClipFolderWriter:
 
     def write(self, key: str, episode: Episode, skills: Sequence[Skill], grid: ImageArray) -> None:
         """The skills of one episode; grid: its frames, uint8 (T+1, H, W, 3). Raises ValueError for a skill out of its bounds."""
-        clips = [self._clip(episode, number, skill, len(grid)) for number, skill in enumerate(skills)]
-        for clip in clips:
-            final = self._folder / "videos" / f"{clip['sample']}.mp4"
-            partial = final.with_suffix(".partial")
-            with VideoWriter(partial, self.fps, (grid.shape[1], grid.shape[2])) as video:
-                video.write(grid[clip["start"] : clip["end"] + 1])
-            partial.replace(final)
+        self.add(key, write_clips(self.videos, self.names, self.fps, episode, skills, grid))
+
+    @property
+    def videos(self) -> Path:
+        """Where the clips of `write_clips` belong until `close`."""
+        return self._folder / "videos"
+
+    def add(self, key: str, clips: Sequence[dict[str, Any]]) -> None:
+        """Take over the clips of one episode, which `write_clips` wrote, here or in another process."""
         with self._journal.open("a", encoding="utf-8") as journal:
             journal.write(json.dumps({"key": key, "clips": clips}) + "\n")
         self.written.add(key)
-
-    def _clip(self, episode: Episode, number: int, skill: Skill, frames: int) -> dict[str, Any]:
-        if not 0 <= skill.start < skill.end < frames:
-            raise ValueError(f"skills: {skill.start} to {skill.end} is not within the episode's {frames} frames")
-        task = _words(episode.task)
-        if self.names == "robocasa":
-            sample = f"{task}_mg_demo_{episode.index}_aa_{number}"
-        else:
-            sample = f"demo_{episode.index}-{task}-{_words(skill.prompt)}-order{number}"
-        if len(sample) > MAX_NAME:
-            raise ValueError(f"skills: the clip's name has {len(sample)} characters, the limit is {MAX_NAME}")
-        place = {"task": task, "demo": str(episode.index), "number": str(number)}
-        return {"sample": sample, "prompt": skill.prompt, "start": skill.start, "end": skill.end, **place}
 
     def _lines(self) -> Iterator[dict[str, Any]]:
         if self._journal.exists():
@@ -176,6 +165,37 @@ class ClipFolderWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if kind is None:
             self.close()
+
+
+def write_clips(
+    videos: Path, names: Names, fps: int, episode: Episode, skills: Sequence[Skill], grid: ImageArray
+) -> list[dict[str, Any]]:
+    """Write the skills of one episode as mp4 files into the folder `videos`; what `ClipFolderWriter.add` takes.
+
+    grid: the episode's frames, uint8 (T+1, H, W, 3). Raises ValueError for a skill out of its bounds, before anything is written.
+    """
+    clips = [_clip(names, episode, number, skill, len(grid)) for number, skill in enumerate(skills)]
+    for clip in clips:
+        final = videos / f"{clip['sample']}.mp4"
+        partial = final.with_suffix(".partial")
+        with VideoWriter(partial, fps, (grid.shape[1], grid.shape[2])) as video:
+            video.write(grid[clip["start"] : clip["end"] + 1])
+        partial.replace(final)
+    return clips
+
+
+def _clip(names: Names, episode: Episode, number: int, skill: Skill, frames: int) -> dict[str, Any]:
+    if not 0 <= skill.start < skill.end < frames:
+        raise ValueError(f"skills: {skill.start} to {skill.end} is not within the episode's {frames} frames")
+    task = _words(episode.task)
+    if names == "robocasa":
+        sample = f"{task}_mg_demo_{episode.index}_aa_{number}"
+    else:
+        sample = f"demo_{episode.index}-{task}-{_words(skill.prompt)}-order{number}"
+    if len(sample) > MAX_NAME:
+        raise ValueError(f"skills: the clip's name has {len(sample)} characters, the limit is {MAX_NAME}")
+    place = {"task": task, "demo": str(episode.index), "number": str(number)}
+    return {"sample": sample, "prompt": skill.prompt, "start": skill.start, "end": skill.end, **place}
 
 
 def _words(text: str) -> str:

@@ -197,6 +197,7 @@ def check_episode(episode: Episode, chunk: int = 1, cameras: Collection[str] | N
         ("actions", episode.actions, steps, 2),
         ("states", episode.states, steps + 1, 2),
         ("widths", episode.widths, steps + 1, 1),
+        *((f"truth[{name!r}]", values, steps + 1, 1) for name, values in (episode.truth or {}).items()),
     ):
         if values.dtype != np.float32 or values.ndim != ndim or len(values) != rows:
             raise ValueError(f"{field}: must be float32 with {ndim} axes and {rows} rows, got {values.dtype} {values.shape}")

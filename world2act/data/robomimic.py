@@ -5,7 +5,8 @@
 /data/demo_<i>   attrs: num_samples T (a multiple of M), index i of the scene in its split, task, instruction, success,
                  perturbed;
                  actions (T, A) f32; obs/<camera>_image (T, H, W, 3) u8; obs/state (T, S) f32; obs/gripper_width (T,) f32, metres;
-                 final_obs/<the same keys>: the observation after the last action, without the T axis
+                 final_obs/<the same keys>: the observation after the last action, without the T axis;
+                 truth/<touch, height or joint>/<body> (T+1,) f32: optional, what the simulator knew at each frame
 
 obs[t] is seen *before* actions[t] (robomimic's convention; LIBERO's files record it after).
 """
@@ -32,10 +33,11 @@ from world2act.data.formats import FormatError as FormatError
 from world2act.data.formats import check_episode, require_split
 from world2act.data.hdf5 import Hdf5Source
 from world2act.splits import Split
-from world2act.types import Episode, ImageArray
+from world2act.types import Episode, FloatArray, ImageArray
 
 ENV_ARGS = ("env_name", "simulator", "control_hz", "chunk", "cameras", "gripper_open_width", "gripper_width_index")
 IMAGE_SUFFIX = "_image"
+TRUTH = "truth"
 
 
 class EpisodeWriter:
@@ -95,6 +97,8 @@ class EpisodeWriter:
         group["actions"] = episode.actions
         if episode.intended is not None:
             group["intended"] = episode.intended.astype(np.uint8)
+        for key, values in (episode.truth or {}).items():
+            group[f"{TRUTH}/{key}"] = values
         for name_, image in episode.images.items():
             _put_images(group, name_ + IMAGE_SUFFIX, image)
         for key, values in (("state", episode.states), ("gripper_width", episode.widths)):
@@ -226,6 +230,7 @@ def _read_demo(group: h5py.Group, split: str, env_args: dict[str, Any], path: Pa
         actions=hdf5.array(group, "actions", np.float32, path),
         success=bool(hdf5.attr(group, "success", path)),
         intended=hdf5.array(group, "intended", np.uint8, path).astype(np.bool_) if "intended" in group else None,
+        truth=_truth(group, path),
         meta={"perturbed": str(perturbed).lower(), "env_args": json.dumps(env_args, sort_keys=True)},
     )
     if int(hdf5.attr(group, "num_samples", path)) != len(episode.actions):
@@ -235,6 +240,15 @@ def _read_demo(group: h5py.Group, split: str, env_args: dict[str, Any], path: Pa
     except ValueError as error:
         raise FormatError(f"{path.name}: {group.name}: {error}") from error
     return episode
+
+
+def _truth(group: h5py.Group, path: Path) -> dict[str, FloatArray] | None:
+    """The simulator's knowledge, if the file has it."""
+    if TRUTH not in group:
+        return None
+    known = hdf5.item(group, TRUTH, h5py.Group, path)
+    names = [f"{kind}/{body}" for kind in known for body in hdf5.item(known, kind, h5py.Group, path)]
+    return {name: hdf5.array(known, name, np.float32, path) for name in names}
 
 
 def _put_images(group: h5py.Group, key: str, images: ImageArray) -> None:

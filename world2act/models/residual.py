@@ -12,6 +12,7 @@ A tanh bounds it to `bound` standard deviations.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -43,9 +44,14 @@ class ResidualSettings:
     def __post_init__(self) -> None:
         if self.vision not in ("latent", "pixels"):
             raise ValueError(f"vision: must be 'latent' or 'pixels', got {self.vision!r}")
-        if not self.bound > 0:
-            raise ValueError(f"bound: must be > 0, got {self.bound}")
-        if self.width < 1 or self.width % self.heads:
+        if not 0 < self.bound < math.inf:
+            raise ValueError(f"bound: must be > 0 and finite, got {self.bound}")
+        for name, limit in (("state_size", 100_000), ("layers", 64), ("heads", 64), ("width", 4096)):
+            if not 1 <= getattr(self, name) <= limit:
+                raise ValueError(f"{name}: must be 1 to {limit}, got {getattr(self, name)}")
+        if len(self.latent_shape) != 3 or not all(1 <= n <= 100_000 for n in self.latent_shape):
+            raise ValueError(f"latent_shape: must be three numbers of 1 to 100000, got {self.latent_shape}")
+        if self.width % self.heads:
             raise ValueError(f"width: must be a multiple of {self.heads} heads, got {self.width}")
 
 
@@ -101,6 +107,8 @@ class ResidualPolicy(nn.Module):
 
     def __init__(self, settings: ResidualSettings, action_adapter: nn.Module, decoder: nn.Module, size: int) -> None:
         super().__init__()
+        if size % settings.heads:
+            raise ValueError(f"heads: must divide the embedding size {size}, got {settings.heads}")
         self.settings = settings
         self.action_adapter = copy.deepcopy(action_adapter).requires_grad_(False)
         self.decoder = copy.deepcopy(decoder).requires_grad_(True)

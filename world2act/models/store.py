@@ -14,8 +14,12 @@ from safetensors.torch import load as load_bytes
 from safetensors.torch import save as save_bytes
 from torch import Tensor
 
-KEY = "world2act"
-"""The one metadata key: safetensors orders several keys at random, which would make equal weights differ in hash."""
+from world2act.signature import METADATA_KEY as KEY
+
+# One metadata key only: safetensors orders several keys at random, which would make equal weights differ in hash.
+
+MAX_HEADER = 16 * 1024 * 1024
+"""Bytes of names, shapes and metadata; a thousand times what our largest file has. Beyond it nothing is parsed."""
 
 
 class WeightsError(ValueError):
@@ -52,12 +56,16 @@ def read(path: Path | str, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]
 
 def parse(content: bytes, kind: str, name: str) -> tuple[dict[str, Tensor], dict[str, Any], str]:
     """`read` of bytes in memory; `name` stands in the error."""
+    size = int.from_bytes(content[:8], "little")
+    if size > MAX_HEADER:
+        raise WeightsError(f"{name}: not a safetensors file of ours: its header claims {size} bytes, the limit is {MAX_HEADER}")
     try:
         tensors = load_bytes(content)
-        size = int.from_bytes(content[:8], "little")
         metadata = json.loads(json.loads(content[8 : 8 + size])["__metadata__"][KEY])
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise WeightsError(f"{name}: not a safetensors file with World2Act metadata ({error})") from None
+    if not isinstance(metadata, dict):
+        raise WeightsError(f"{name}: not a safetensors file with World2Act metadata (it must be a JSON object)")
     if metadata.get("kind") != kind:
         raise WeightsError(f"{name}: kind must be {kind!r}, got {metadata.get('kind')!r}")
     return tensors, metadata, content_hash(content)

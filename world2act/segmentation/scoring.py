@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from world2act.segmentation.schemas import normalise
 from world2act.types import Skill
@@ -75,11 +76,51 @@ def label_accuracy(found: Sequence[Skill], true: Sequence[Skill]) -> float:
     An action that no found skill covers counts as wrong: a discarded episode has accuracy 0.
     Raises ValueError for skills that overlap or for a truth without actions.
     """
+    right, actions = labels_right(found, true)
+    return right / actions
+
+
+def labels_right(found: Sequence[Skill], true: Sequence[Skill]) -> tuple[int, int]:
+    """Of how many of the truth's actions the prompt is right, and how many there are; see `label_accuracy`."""
     labels = _labels(found, "found")
     wanted = _labels(true, "true")
     if not wanted:
         raise ValueError("true: has no actions")
-    return sum(labels.get(t) == prompt for t, prompt in wanted.items()) / len(wanted)
+    return sum(labels.get(t) == prompt for t, prompt in wanted.items()), len(wanted)
+
+
+@dataclass(frozen=True)
+class Score:
+    """One way of segmenting, over episodes. boundaries: one score for each tolerance that was asked for; scores add up."""
+
+    episodes: int
+    boundaries: tuple[BoundaryScore, ...]
+    right: int
+    actions: int
+
+    @property
+    def label_accuracy(self) -> float:
+        """See the function of this name; 0 without actions."""
+        return self.right / self.actions if self.actions else 0.0
+
+    def __add__(self, other: Score) -> Score:
+        both = tuple(a + b for a, b in zip(self.boundaries, other.boundaries, strict=True))
+        return Score(self.episodes + other.episodes, both, self.right + other.right, self.actions + other.actions)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object with the field names of this class."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Score:
+        """The inverse of `to_json`."""
+        return cls(**{**content, "boundaries": tuple(BoundaryScore(**b) for b in content["boundaries"])})
+
+
+def score(found: Sequence[Skill], true: Sequence[Skill], tolerances: Sequence[int]) -> Score:
+    """One episode's skills against the true ones; tolerances in frames. Raises ValueError as the functions above."""
+    at = tuple(boundary_score(boundaries(found), boundaries(true), tolerance) for tolerance in tolerances)
+    return Score(1, at, *labels_right(found, true))
 
 
 def _labels(skills: Sequence[Skill], field: str) -> dict[int, str]:

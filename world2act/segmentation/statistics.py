@@ -41,40 +41,52 @@ class Statistics:
         return asdict(self)
 
 
-def density_at_median(lengths: npt.ArrayLike) -> tuple[float, float]:
-    """(median, density there per action) of lengths; Gaussian kernel one chunk (M actions) wide, (0, 0) without lengths.
+def density(lengths: npt.ArrayLike, at: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """Density of lengths at the points `at` (P,), per action: (P,); Gaussian kernel of one chunk (M actions), 0 without lengths.
 
     The kernel's width is fixed, so that before and after are comparable and equal lengths give a finite density.
     """
+    values, counts = np.unique(np.asarray(lengths, dtype=np.float64), return_counts=True)
+    away = (np.asarray(at, dtype=np.float64)[:, None] - values) / M
+    found: npt.NDArray[np.float64] = np.exp(-0.5 * away**2) @ counts / (M * np.sqrt(2 * np.pi) * max(counts.sum(), 1))
+    return found
+
+
+def density_at_median(lengths: npt.ArrayLike) -> tuple[float, float]:
+    """(median, density there per action) of lengths; (0, 0) without lengths."""
     x = np.asarray(lengths, dtype=np.float64)
     if x.size == 0:
         return 0.0, 0.0
     median = float(np.median(x))
-    kernel = np.exp(-0.5 * ((x - median) / M) ** 2) / (M * np.sqrt(2 * np.pi))
-    return median, float(kernel.mean())
+    return median, float(density(x, [median])[0])
 
 
 def summarise(segmentations: Iterable[Segmentation]) -> Statistics:
-    """Statistics of segmented episodes. Reasons are grouped without their numbers and quoted prompts."""
-    found = list(segmentations)
-    synced = [s for s in found if s.discarded is None]
+    """Statistics of segmented episodes, which may be a stream. Reasons are grouped without their numbers and quoted prompts."""
+    before: list[int] = []
+    clips: list[int] = []
     by_task: dict[str, list[bool]] = {}
-    for s in found:
+    reasons: Counter[str] = Counter()
+    for s in segmentations:
+        before.append(s.length)
         by_task.setdefault(s.task or "unknown", []).append(s.discarded is None)
-    reasons = Counter(re.sub(r"\d+", "N", re.sub(r"'[^']*'", "*", s.discarded)) for s in found if s.discarded is not None)
-    clips = [k.end - k.start for s in synced for k in s.skills]
-    median_before, before = density_at_median([s.length for s in found])
-    median_after, after = density_at_median(clips)
+        if s.discarded is None:
+            clips += [k.end - k.start for k in s.skills]
+        else:
+            reasons[re.sub(r"\d+", "N", re.sub(r"'[^']*'", "*", s.discarded))] += 1
+    synced = len(before) - reasons.total()
+    median_before, density_before = density_at_median(before)
+    median_after, density_after = density_at_median(clips)
     return Statistics(
-        episodes=len(found),
-        synced=len(synced),
-        sync_rate=len(synced) / len(found) if found else 0.0,
+        episodes=len(before),
+        synced=synced,
+        sync_rate=synced / len(before) if before else 0.0,
         clips=len(clips),
         discard_reasons=dict(reasons.most_common()),
         sync_rate_by_task={task: sum(ok) / len(ok) for task, ok in sorted(by_task.items())},
         median_before=median_before,
         median_after=median_after,
-        density_before=before,
-        density_after=after,
-        density_gain=after / before - 1 if before and after else 0.0,
+        density_before=density_before,
+        density_after=density_after,
+        density_gain=density_after / density_before - 1 if density_before and density_after else 0.0,
     )

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Builds and scores the skill data sets of Meta-World and LIBERO from our own experts, and docs/skills.md out of them.
+# Usage: scripts/make_skills.sh [FOLDER] (default: data/skills). LIBERO needs W2A_LIBERO_ASSETS; it takes most of the time
+# (3 to 5 CPU seconds a demonstration). Demonstrations that are there are kept: a stopped run goes on, a larger EPISODES adds.
+# A small trial: EPISODES=2 SUITES=metaworld PAGE=/tmp/skills.md scripts/make_skills.sh /tmp/skills
+set -euo pipefail
+cd "$(dirname "$0")/.."
+folder=${1:-data/skills}
+page=${PAGE:-docs/skills.md}
+python=${PYTHON:-.venv/bin/python}
+runs=()
+for suite in ${SUITES:-metaworld libero_object libero_spatial libero_goal}; do
+  case $suite in
+    metaworld) what=(--simulator metaworld) ;;
+    libero_goal) what=(--simulator libero --camera-every 4 --tasks 'libero_goal-p*' 'libero_goal-t*') ;; # the two open-* have no expert
+    *) what=(--simulator libero --camera-every 4 --tasks "$suite-*") ;;
+  esac
+  if [ "${EPISODES:-20}" -gt 0 ]; then # 0: with what is there
+    "$python" -m services.simulator.collect "${what[@]}" --out "$folder/demos/$suite" --episodes "${EPISODES:-20}" --workers "${WORKERS:-1}" --resume
+  fi
+  rm -rf "$folder/$suite" "$folder/$suite.partial"
+  "$python" -m services.cli.main build-skills --source "$folder/demos/$suite" --out "$folder/$suite" --score --workers "${WORKERS:-1}"
+  runs+=("$folder/$suite")
+done
+"$python" -m services.cli.main skills-report "${runs[@]}" --out "$page" --note \
+  "Demonstrations of our own scripted experts (split worldmodel), failures dropped. LIBERO: drawn with stand-in meshes, so pictures and some masses are not LIBERO's; a frame every fourth action; the eight goal tasks that have an expert."
