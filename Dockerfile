@@ -113,7 +113,7 @@ FROM method-packages AS vla-packages
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf,required=false \
     --mount=type=secret,id=ca_bundle,target=/etc/ssl/certs/ca-certificates.crt,required=false \
     --mount=type=cache,target=/root/.cache/pip \
-    install-extra vla
+    install-extra vla,policies
 
 FROM service AS vla
 LABEL org.opencontainers.image.title="World2Act policy server"
@@ -184,12 +184,13 @@ ENTRYPOINT ["python", "-m", "services.cli.main"]
 # -- triton ------------------------------------------------------------------------------------------------------------
 
 FROM method-packages AS triton-packages
+ARG TRITON_EXTRAS=triton
 RUN --mount=type=secret,id=pip_conf,target=/etc/pip.conf,required=false \
     --mount=type=secret,id=ca_bundle,target=/etc/ssl/certs/ca-certificates.crt,required=false \
     --mount=type=cache,target=/root/.cache/pip \
     /opt/pip/bin/pip install --no-deps --target /opt/pytriton \
       "$(sed -n 's/^triton-server = \["\(.*\)"\]/\1/p' pyproject.toml)" \
-    && install-extra triton
+    && install-extra "${TRITON_EXTRAS}"
 
 # NVIDIA's image has Python 3.10; its Python backend takes any version whose stub lies beside it. So Python 3.11 comes from the
 # Python image (its glibc, Debian 12's, is newer than Ubuntu 22.04's, but no symbol that it uses is) and the stub from the wheel.

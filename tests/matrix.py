@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RUN, PROTOCOL, CLASSES, NOT = "run here", "protocol-tested", "same classes, tiny random weights", "not run"
 CONFORMANCE = "tests/conformance/test_policies.py::test_shape_dtype_and_range"
 ELSEWHERE = "tests/unit/test_policies_elsewhere.py"
+BACKBONE = "tests/conformance/test_backbones.py::test_equals_diffusers_own_pipeline"
 LAYOUTS = "tests/unit/test_layouts.py::test_every_preset_there_and_back"
 
 
@@ -33,7 +34,7 @@ TABLE = Cell("table tested", LAYOUTS)
 SIMULATORS: dict[str, Cell] = {
     "Meta-World": Cell(RUN, "tests/conformance/test_environment.py::test_a_seed_determines_everything"),
     "LIBERO": Cell(RUN, "tests/unit/test_libero.py::test_the_first_evaluation_scenes_are_the_shipped_ones"),
-    "RoboCasa": Cell(NOT),
+    "RoboCasa": Cell(PROTOCOL, "tests/unit/test_robocasa.py::test_both_orders_of_an_action"),
 }
 """Simulators by themselves."""
 
@@ -88,10 +89,13 @@ BACKBONES: dict[str, dict[str, Cell]] = {
         "alone": Cell(RUN, "tests/integration/test_worldmodel_triton.py::test_ensemble_equals_the_library"),
         "Meta-World": Cell(RUN, "tests/integration/test_posttrain_end_to_end.py::test_kill_every_service_once"),
     },
-    "cosmos_predict2": {"alone": Cell(NOT), "Meta-World": Cell(NOT)},
-    "wan22": {"alone": Cell(NOT), "Meta-World": Cell(NOT)},
-    "ltx_video": {"alone": Cell(NOT), "Meta-World": Cell(NOT)},
-    "hunyuan_video15": {"alone": Cell(NOT), "Meta-World": Cell(NOT)},
+    "cosmos_predict2": {
+        "alone": Cell(CLASSES, "tests/integration/test_backbone_triton.py::test_triton_serves_the_same_latents_as_this_process"),
+        "Meta-World": Cell(NOT),
+    },
+    "wan22": {"alone": Cell(CLASSES, BACKBONE), "Meta-World": Cell(NOT)},
+    "ltx_video": {"alone": Cell(CLASSES, BACKBONE), "Meta-World": Cell(NOT)},
+    "hunyuan_video15": {"alone": Cell(CLASSES, BACKBONE), "Meta-World": Cell(NOT)},
 }
 """World-model backbones; their published weights were not run here."""
 
@@ -109,7 +113,7 @@ HEAD = f"""# What was run, and what only speaks the right protocol
 Made by `python -m tests.matrix > docs/matrix.md`; a test keeps it current and checks that each named test exists.
 
 - **{RUN}**: the real thing ran in a test of this repository.
-- **{PROTOCOL}**: our side ran against a counterpart that speaks the documented protocol; the policy behind it was made up.
+- **{PROTOCOL}**: our side ran against a counterpart that speaks the documented protocol or layout; what is behind it was made up.
 - **table tested**: the mapping of cameras, state and actions is tested in both directions, nothing acts on it.
 - **{CLASSES}**: the library's own classes, saved and loaded from disk at a tiny size.
 - **{NOT}**: not run here. Whoever runs it first should expect to mend something.

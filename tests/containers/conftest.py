@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -33,9 +32,18 @@ LEFT_OUT = {"triton-gpu": "needs a GPU", "grafana": "not packaged by Debian", "d
 STARTED = [name for name in COMPOSE["services"] if name not in LEFT_OUT]
 
 
+SAID: list[str] = []
+
+
 def say(text: str) -> None:
-    """To the terminal, past pytest's capture."""
-    print(text, file=sys.__stderr__, flush=True)
+    """A line for the end of pytest's output."""
+    SAID.append(text)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Figures for README's table, and what stood in for what."""
+    for line in SAID:
+        terminalreporter.write_line(f"containers: {line}")
 
 
 @dataclass
@@ -124,7 +132,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
         )
     try:
         with running_engine(tmp_path_factory.mktemp("engine")) as found:
-            say(f"\ncontainers: {found.how}")
+            say(found.how)
             yield found
     except NoEngineError as error:
         pytest.skip(f"containers not tested: {error}")
@@ -155,7 +163,7 @@ def images(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> System:
         override.write_text(yaml.safe_dump(_override(secrets)))
         system.lookalikes = bases.ensure(engine, [*arguments, *sorted(public)], secrets)
         for image in system.lookalikes:
-            say(f"containers: {image} is a look-alike base made of Debian's packages")
+            say(f"{image} is a look-alike base made of Debian's packages")
         if system.lookalikes:
             system.env["TORCH_INDEX"] = ""  # no way to torch's own index either: the CPU build lies where pip looks
         for name in [n for n, s in COMPOSE["services"].items() if "build" in s and n not in ("triton-gpu", "rollout")]:

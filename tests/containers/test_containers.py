@@ -24,7 +24,7 @@ from world2act import __version__
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1800)]
 OURS = sorted({s["image"] for n, s in COMPOSE["services"].items() if "build" in s and n != "triton-gpu"})
-LIMITS_MB = {"gateway": 250, "segmenter": 400, "worldmodel": 600, "simulator": 1200, "cli": 1500}
+LIMITS_MB = {"gateway": 250, "segmenter": 800, "worldmodel": 600, "simulator": 1200, "cli": 1500}
 """Largest images; those with torch (CPU) may have 2,000."""
 
 ROLLOUT = {"task": "drawer-open", "split": "posttrain", "indices": [0, 1], "mode": "both", "version": 0, "video": True, "seed": 3}
@@ -34,7 +34,7 @@ ROLLOUT = {"task": "drawer-open", "split": "posttrain", "indices": [0, 1], "mode
 def test_images_are_small_and_hold_no_tools(images: System, image: str) -> None:
     name, found = image.split("/")[1].split(":")[0], images.engine.inspect(image)
     size = found["Size"] / 1e6
-    say(f"containers: image {image}: {size:,.0f} MB, built in {images.build_s.get(name, 0):.0f} s")
+    say(f"image {image}: {size:,.0f} MB, built in {images.build_s.get(name, 0):.0f} s")
     assert size < LIMITS_MB.get(name, 2000)
     config = found["Config"]
     assert config["User"] == "10001:10001"
@@ -51,13 +51,13 @@ def test_images_are_small_and_hold_no_tools(images: System, image: str) -> None:
 
 
 def test_everything_becomes_healthy(system: System) -> None:
-    say(f"containers: all healthy after {system.up_s:.0f} s")
+    say(f"all healthy after {system.up_s:.0f} s")
     wait_until(system.healthy, 60, "all healthy")
     ids = {service: system.containers(service)[0] for service in STARTED}
     lines = system.engine.docker("stats", "--no-stream", "--format", "{{.ID}} {{.MemUsage}}", *ids.values()).splitlines()
     used = {line.split()[0]: line.split()[1] for line in lines}
     for service, container in ids.items():
-        say(f"containers: memory at rest: {service} {used[container[:12]]}")
+        say(f"memory at rest: {service} {used[container[:12]]}")
 
 
 def test_only_the_gateway_and_grafana_are_published_and_the_gateway_wants_its_token(system: System) -> None:
@@ -99,10 +99,8 @@ def test_more_simulators_are_found_and_used(system: System) -> None:
         job = run_job(client, "rollout", {**ROLLOUT, "indices": [2, 3, 4, 5], "mode": "execute", "video": False})
         assert job["status"] == "succeeded", job
     for replica in replicas:
-        said = system.engine.docker("exec", replica, "python", "-c", SCRAPE)
-        assert "w2a_simulator" in said and any(
-            float(line.split()[1]) > 0 for line in said.splitlines() if "steps_total" in line
-        ), said
+        lines = system.engine.docker("exec", replica, "python", "-c", SCRAPE).splitlines()
+        assert any(float(line.split()[1]) > 0 for line in lines if line.startswith("w2a_simulator_resets_total")), lines
     system.compose("scale", "--no-deps", "simulator=1")
 
 

@@ -28,13 +28,24 @@ CLASS_OF = {"triton": "worldmodel", "triton-gpu": "worldmodel", "rollout": "trai
 FIXED = {name for name in CommonSettings.model_fields if name not in ("log_level", "log_json", "torch_threads")}
 """What containers must not choose themselves: addresses, ports and folders."""
 
+BACKBONE = {n for n in settings_table.classes()["worldmodel"].model_fields if n.startswith("backbone")} | {"guardrail"}
 ELSEWHERE = {
     "triton": {"imagine_batch", "imagine_timeout", "video_fps", "triton_root"},  # the worker's; the image says where Triton is
-    "worldmodel": {"backbone", "triton_root"},
+    "worldmodel": {*BACKBONE, "triton_root"},
+    "vla": {
+        f"vla_{n}"
+        for n in ("door_host", "door_layout", "door_namespace", "door_token", "door_version", "openpi_port", "gr00t_port")
+    },
     "gateway": {"data_root"},
+    "segmenter": {"data_root"},
     "trainer": {"data_root"},
-    "simulator": {"libero_assets", "libero_image_size", "libero_effects"},  # the image has Meta-World alone
-    "demo": {"gateway_token", "port_offset", "start_timeout_s"},
+    "simulator": {
+        "libero_assets",
+        "libero_image_size",
+        "libero_effects",
+        "robocasa_image_size",
+    },  # the image has Meta-World alone
+    "demo": {"gateway_token", "port_offset", "start_timeout_s", "signing_key", "signing_key_file", "prometheus_port"},
 }
 """Settings of a class that its container neither needs nor may change."""
 
@@ -136,7 +147,7 @@ def test_versions_are_pinned_and_agree() -> None:
 def test_images_install_their_extra_and_open_their_ports() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for target in {service["build"]["target"] for service in OURS.values()}:
-        installed = re.findall(r"install-extra (\S+)", _stage(f"{target}-packages"))
+        installed = re.findall(r"install-extra (\S+)", _stage(f"{target}-packages").replace('"${TRITON_EXTRAS}"', "triton"))
         assert installed and set(installed[0].split(",")) <= set(extras), target
         assert target in installed[0].split(",")
         ports = {int(port) for line in re.findall(r"^EXPOSE (.*)$", _stage(target), re.M) for port in line.split()}
