@@ -53,8 +53,6 @@ def load_residual(settings: VlaSettings, engine: Engine, versions: Versions) -> 
         path = settings.vla_bundle
         content = path.read_bytes()
         version = Bundle.from_bytes(content, str(path)).version
-        if version < 1:
-            raise ValueError(f"vla_bundle: {path} has version {version}; 0 is the base alone")
         versions.add(DEFAULT_NAMESPACE, engine.check(content, version, str(path)))
         log.info("residual loaded", version=version, file=str(path))
 
