@@ -71,7 +71,7 @@ def stack(tmp_path: Path) -> Iterator[tuple[Supervisor, CliSettings, Prometheus]
     make_zoo(tmp_path / "zoo")
     settings = settings_on_free_ports(tmp_path).model_copy(update={"prometheus_port": free_port()})
     with (
-        Supervisor(service_specs(settings), tmp_path / "run", start_timeout_s=240) as supervisor,
+        Supervisor(service_specs(settings), tmp_path / "run", start_timeout_s=300) as supervisor,
         subprocess.Popen(monitor.prometheus_command(settings, seconds=1)) as prometheus,
     ):
         try:
