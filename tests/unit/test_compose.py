@@ -45,7 +45,7 @@ ELSEWHERE = {
         "libero_effects",
         "robocasa_image_size",
     },  # the image has Meta-World alone
-    "demo": {"gateway_token", "port_offset", "start_timeout_s"},
+    "demo": {"gateway_token", "port_offset", "start_timeout_s", "prometheus_port", "signing_key", "signing_key_file"},
 }
 """Settings of a class that its container neither needs nor may change."""
 
