@@ -23,4 +23,5 @@ for suite in ${SUITES:-metaworld libero_object libero_spatial libero_goal}; do
   runs+=("$folder/$suite")
 done
 "$python" -m services.cli.main skills-report "${runs[@]}" --out "$page" --note \
-  "Demonstrations of our own scripted experts (split worldmodel), failures dropped. LIBERO: drawn with stand-in meshes, so pictures and some masses are not LIBERO's; a frame every fourth action; the eight goal tasks that have an expert."
+  "Demonstrations of our own scripted experts (split worldmodel), failures dropped: clean, so sync rates are not comparable with the paper's." \
+  "LIBERO: simulated with stand-in meshes (some masses and pictures are not LIBERO's), a frame every fourth action. libero_goal, if listed, has the eight tasks with an expert."

@@ -28,8 +28,7 @@ from tests.vla_server import make_zoo
 from world2act.bundle import Bundle
 
 pytestmark = pytest.mark.integration
-NEEDED = ("redis", "triton", "simulator", "vla", "worldmodel", "rollout", "trainer")
-VICTIMS = ("simulator", "rollout", "triton", "vla", "trainer", "worldmodel", "redis")
+VICTIMS = ("simulator", "rollout", "triton", "vla", "gateway", "trainer", "segmenter", "worldmodel", "redis")
 PARAMS: dict[str, Any] = {
     "tasks": ["reach", "drawer-close"],
     "mode": "asynchronous",
@@ -60,7 +59,7 @@ def stack(tmp_path: Path) -> Iterator[tuple[Supervisor, CliSettings, list[str]]]
     settings = settings_on_free_ports(tmp_path)
     events: list[str] = []
     supervisor = Supervisor(
-        [spec for spec in service_specs(settings) if spec.name in NEEDED],
+        service_specs(settings),
         tmp_path / "run",
         start_timeout_s=240,
         on_event=lambda name, text: events.append(f"{name}: {text}"),
