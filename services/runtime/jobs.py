@@ -17,6 +17,17 @@ from services.runtime.streams import publish
 Status = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 ENDED = ("succeeded", "failed", "cancelled")
 KEEP_SECONDS = 30 * 24 * 3600
+EVENTS = 20_000
+"""About so many of a job are kept."""
+
+# One step, because a client that lost Redis before the answer asks again: the event must not stand there twice.
+_TELL_ONCE = """
+if redis.call('SADD', KEYS[2], ARGV[1]) == 0 then return 0 end
+redis.call('XADD', KEYS[1], 'MAXLEN', '~', ARGV[4], '*', 'name', ARGV[2], 'data', ARGV[3])
+redis.call('EXPIRE', KEYS[1], ARGV[5])
+redis.call('EXPIRE', KEYS[2], ARGV[5])
+return 1
+"""
 
 
 class JobCancelledError(Exception):
@@ -44,6 +55,7 @@ class JobStore:
 
     def __init__(self, client: redis.Redis) -> None:
         self.client = client
+        self._tell_once = client.register_script(_TELL_ONCE)
 
     def _key(self, job: str) -> str:
         return f"w2a:job:{job}"
@@ -84,14 +96,18 @@ class JobStore:
             pipe.execute()
         return updated
 
-    def event(self, job: str, name: str, data: dict[str, Any]) -> None:
-        """Append a progress event (about 20,000 are kept)."""
-        self._append(self.client, job, name, data)
+    def event(self, job: str, name: str, data: dict[str, Any], once: str = "") -> None:
+        """Append a progress event. once: tells events of one name apart; the second of a kind is not appended."""
+        if not once:
+            return self._append(self.client, job, name, data)
+        key = self._key(job)
+        shown = json.dumps({"time": time.time(), **data})
+        self._tell_once([f"{key}:events", f"{key}:told"], [f"{name}/{once}", name, shown, EVENTS, KEEP_SECONDS])
 
     def _append(self, client: redis.Redis, job: str, name: str, data: dict[str, Any]) -> None:
         key = f"{self._key(job)}:events"
         fields: dict[Any, Any] = {"name": name, "data": json.dumps({"time": time.time(), **data})}
-        client.xadd(key, fields, maxlen=20_000, approximate=True)
+        client.xadd(key, fields, maxlen=EVENTS, approximate=True)
         client.expire(key, KEEP_SECONDS)
 
     def events(self, job: str, after: str = "0", block_ms: int | None = None) -> Iterator[tuple[str, str, dict[str, Any]]]:

@@ -61,7 +61,7 @@ class JobContext:
     def event(self, name: str, key: str, data: dict[str, Any]) -> None:
         """A progress event that is sent once, whatever is killed and repeated; `key` tells events of one name apart."""
         if (name, key) not in self.emitted:
-            self.jobs.event(self.id, name, {"key": key, **data})
+            self.jobs.event(self.id, name, {"key": key, **data}, once=key)
             self.emitted.add((name, key))
 
     def progress(self, value: float, message: str) -> None:

@@ -26,6 +26,7 @@ from services.runtime.generated.tensor_pb2 import Tensor
 from services.runtime.rpc import connect_channel, healthy
 from services.runtime.tensors import from_tensor, to_tensor
 from services.simulator.envs import base
+from services.simulator.envs.metaworld import SPEC
 from tests.processes import free_port, wait_for
 from tests.stand_ins import packages
 from world2act.splits import Split, scene_seed
@@ -154,8 +155,9 @@ def test_leases_wait_run_out_and_come_back(service: Service) -> None:
 
 def test_the_episode_limit_is_told_and_kept(service: Service) -> None:
     env_id = service.reset("reach").env_id
-    dones = [service.step(env_id, frames=pb.FRAMES_NONE).results[0].done for _ in range(10)]
-    assert dones == [False] * 9 + [True]
+    limit = SPEC.task("reach").max_chunks
+    dones = [service.step(env_id, frames=pb.FRAMES_NONE).results[0].done for _ in range(limit)]
+    assert dones == [False] * (limit - 1) + [True]
     with refused(grpc.StatusCode.INVALID_ARGUMENT, "episode limit is reached"):
         service.step(env_id)
     service.reset("reach", env_id=env_id)

@@ -160,7 +160,7 @@ def test_bundles_that_do_not_belong_here_are_refused(server: VlaProcess) -> None
     assert "missing statistics: state_std" in refused(
         store.to_bytes({k: v for k, v in tensors.items() if k != "state_std"}, metadata)
     )
-    assert "action limits are" in refused(
+    assert "action layout has dx in [-2, 2]" in refused(
         make_bundle(server.origin, 1, layout=ActionLayout(low=(-2.0,) * 4, high=(2.0,) * 4)).to_bytes()
     )
     assert "not a safetensors file" in refused(bundle.to_bytes()[:1000])

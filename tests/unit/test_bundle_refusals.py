@@ -91,7 +91,7 @@ def test_metadata_that_is_no_bundles(metadata: str) -> None:
         ("residual.bound", "9", "residual.bound"),
         ("residual.bound", None, "missing residual.bound"),
         ("residual.layers", 10**9, "layers: must be 1 to 64"),
-        ("residual.heads", 7, "heads: must divide"),
+        ("residual.heads", 7, "width: must be a multiple of 7 heads"),
         ("residual.heads", 0, "heads: must be 1 to 64"),
         ("residual.state_size", 5, "size mismatch"),
         ("residual.latent_shape", [100_000, 100_000, 100_000], "size mismatch"),

@@ -125,7 +125,7 @@ def test_load_refuses_other_files(tmp_path: Path, model: WorldModel) -> None:
         ({"start": torch.zeros(1, 64, 64, 3, dtype=torch.uint8)}, "frames: shape"),
         ({"start": torch.zeros(1, 128, 128, 3)}, "frames: dtype"),
         ({"horizon": 0}, "horizon: 0 is outside"),
-        ({"horizon": 17}, "horizon: 17 is outside"),
+        ({"horizon": 21}, "horizon: 21 is outside"),
         ({"steps": 0}, "steps: 0 is outside"),
         ({"prompts": ["a", "b"]}, "prompts, seeds"),
         ({"seeds": []}, "prompts, seeds"),

@@ -107,8 +107,6 @@ class ResidualPolicy(nn.Module):
 
     def __init__(self, settings: ResidualSettings, action_adapter: nn.Module, decoder: nn.Module, size: int) -> None:
         super().__init__()
-        if size % settings.heads:
-            raise ValueError(f"heads: must divide the embedding size {size}, got {settings.heads}")
         self.settings = settings
         self.action_adapter = copy.deepcopy(action_adapter).requires_grad_(False)
         self.decoder = copy.deepcopy(decoder).requires_grad_(True)
