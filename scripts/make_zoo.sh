@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Rebuilds every shipped weight from nothing and prints the time of each part: experts -> demonstrations -> skills ->
 # VAE and world model -> base -> Stage 1. Usage: scripts/make_zoo.sh [OUT] (default: zoo; demonstrations go to data/demos)
+# THREADS=1 where something else runs beside it: two threads that wait for a busy core are slower than one.
 # A small trial of the same path: BASE_EPISODES=4 WORLDMODEL_EPISODES=4 VALIDATION_EPISODES=4 BASE_FLAGS="--steps 5" \
 #   WORLDMODEL_FLAGS="--vae.steps 5 --transformer.steps 5" STAGE1_FLAGS="--steps 20" DEMOS=/tmp/demos scripts/make_zoo.sh /tmp/zoo
 set -euo pipefail
@@ -21,8 +22,8 @@ part "held-out demonstrations" collect validation "${VALIDATION_EPISODES:-20}" 0
 # The base and the world model do not depend on each other.
 base() { "$python" -m world2act.behaviour_cloning --demos "$demos" --out "$out/base.safetensors" ${BASE_FLAGS:-} > "$demos/base.log" 2>&1; }
 base & base_pid=$!
-part "world model" "$python" -m world2act.worldmodel_training --demos "$demos" --out "$out/worldmodel.safetensors" --threads 2 ${WORLDMODEL_FLAGS:-}
+part "world model" "$python" -m world2act.worldmodel_training --demos "$demos" --out "$out/worldmodel.safetensors" --threads "${THREADS:-2}" ${WORLDMODEL_FLAGS:-}
 part "base policy (beside the world model)" wait "$base_pid"
-part "Stage 1" "$python" -m world2act.stage1 --demos "$demos" --worldmodel "$out/worldmodel.safetensors" --out "$out/adapters.safetensors" --threads 2 ${STAGE1_FLAGS:-}
+part "Stage 1" "$python" -m world2act.stage1 --demos "$demos" --worldmodel "$out/worldmodel.safetensors" --out "$out/adapters.safetensors" --threads "${THREADS:-2}" ${STAGE1_FLAGS:-}
 echo "== all: $((SECONDS - begun)) s"
 ls -l "$out"

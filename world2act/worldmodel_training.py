@@ -57,7 +57,7 @@ class TransformerSettings:
     of up to `long_horizon` latents. text_dropout: prompts replaced by '', so that guidance can be used; latent_stride: clips
     begin at every such frame of an episode; averaging: decay of the running average of the weights."""
 
-    steps: int = 4000
+    steps: int = 6000
     short_batch: int = 32
     short_horizon: int = 2
     long_batch: int = 6

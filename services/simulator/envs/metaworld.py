@@ -40,6 +40,9 @@ from world2act.types import FloatArray, ImageArray, M
 ACTION_REPEAT = 2
 SIZE = 64
 OPEN_WIDTH = 0.0883  # metres between the inner faces of the pads after reset; measured, the same for all tasks
+EMPTY_WIDTH, OPENED_WIDTH = 0.0205, 0.06  # metres: what is closer holds nothing (a puck: 0.025 at least); wide enough to grasp
+HOVER = np.array([0.0, 0.0, 0.1])  # metres above the puck
+GRASP_TASKS = ("push", "pick-place")
 PADS = ("leftpad", "rightpad")
 PAD_THICKNESS = 0.006  # both pads' half thickness, from the inner faces to the pads' centres
 START_LOW, START_HIGH = (-0.1, -0.1, 0.0), (0.1, 0.05, 0.1)  # metres from Meta-World's start; wider, door-open's expert fails
@@ -106,6 +109,7 @@ class MetaworldEnvironment(Environment):
         self._task = ""
         self._raw = np.zeros(39)
         self._success = False
+        self._reopens = False  # the expert's: it closed on nothing and has to open again
 
     def describe(self) -> EnvironmentSpec:
         return SPEC
@@ -113,7 +117,7 @@ class MetaworldEnvironment(Environment):
     def _reset(self, task: str, seed: int) -> Observation:
         if task not in self._scenes:
             self._scenes[task] = build_scene(task)
-        self._task, self._success = task, False
+        self._task, self._success, self._reopens = task, False, False
         env = self._scenes[task].env
         env.hand_init_pos = self._scenes[task].home + np.random.default_rng([seed, *task.encode()]).uniform(START_LOW, START_HIGH)
         env.seed(seed)
@@ -145,12 +149,23 @@ class MetaworldEnvironment(Environment):
         self._task, self._actions_left = "", None
 
     def expert_action(self) -> FloatArray:
-        """Meta-World's scripted policy on the privileged observation, clipped to the action limits; float32 (4,)."""
+        """Meta-World's scripted policy on the privileged observation, clipped to the action limits; float32 (4,).
+
+        Its experts of push and pick-place presume an open hand: they never open one that was closed by somebody else, and carry
+        nothing to the goal. Here the hand opens on its way to the puck, and where it holds nothing, above the puck.
+        """
         if not self._task:
             raise InvalidInputError("task: no episode is running; reset first")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "constants may be too high": they are clipped here
             action = self._scenes[self._task].expert.get_action(self._raw)
+        if self._task in GRASP_TASKS:
+            hand, puck, width = self._raw[:3], self._raw[4:7], self._state()[3]
+            self._reopens = bool(width < (OPENED_WIDTH if self._reopens else EMPTY_WIDTH))
+            if self._reopens:
+                action[:3] = 10.0 * (puck + HOVER - hand)
+            if self._reopens or action[3] == 0.0:
+                action[3] = -1.0
         return np.asarray(np.clip(action, -1.0, 1.0), np.float32)
 
     def expert_preview(self, frames: bool = True) -> tuple[FloatArray, dict[str, ImageArray]]:
@@ -161,7 +176,7 @@ class MetaworldEnvironment(Environment):
         kept, env.data = env.data, copy.copy(env.data)
         plain = (int, float, bool, np.ndarray, np.generic)
         counters = {name: copy.deepcopy(value) for name, value in vars(env).items() if isinstance(value, plain)}
-        raw, success = self._raw.copy(), self._success
+        raw, success, reopens = self._raw.copy(), self._success, self._reopens
         actions, shown = [], []
         for _ in range(M):
             actions.append(self.expert_action())
@@ -171,7 +186,7 @@ class MetaworldEnvironment(Environment):
                 shown.append(self._render())
         env.data = kept
         vars(env).update(counters)
-        self._raw, self._success = raw, success
+        self._raw, self._success, self._reopens = raw, success, reopens
         return np.stack(actions), stack_frames(shown, SPEC.cameras)
 
     def _state(self) -> FloatArray:
