@@ -94,5 +94,5 @@ class CliSettings(CommonSettings):
         }
         metrics = {"W2A_METRICS_PORT": str(self.metrics(service))} if service in METRICS_PORTS else {}
         threads = str(self.torch_threads)
-        mine = {name: value for name, value in os.environ.items() if name != "W2A_SIGNING_KEY"}  # no service signs
+        mine = {name: value for name, value in os.environ.items() if name != "W2A_SIGNING_KEY"}  # not theirs
         return {"OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"} | mine | shared | metrics

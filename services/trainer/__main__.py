@@ -24,7 +24,7 @@ def main() -> None:
         else:
             from services.trainer.jobs import serve  # imports torch, which the coordinator does not need
         serve(settings, stop)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         structlog.get_logger().error("cannot start", reason=str(error))
         sys.exit(1)
 

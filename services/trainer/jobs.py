@@ -91,7 +91,8 @@ class JobRunner:
 
 
 def serve(settings: TrainerSettings, stop: threading.Event) -> None:
-    """Run until `stop`."""
+    """Run until `stop`. Raises ValueError for a signing key that is none."""
+    settings.signer()
     torch.set_num_threads(settings.torch_threads)
     client = connect(settings.redis_url)
     runner = JobRunner(settings, client, stop)

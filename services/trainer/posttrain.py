@@ -28,6 +28,7 @@ from world2act.bundle import ActionLayout
 from world2act.models.adapters import Adapters
 from world2act.presets import STAGE2, Stage2Settings, changed
 from world2act.schedule import StalenessManager, plan, steps_of
+from world2act.signature import sign
 from world2act.stage2 import Learner, Stage2Dataset
 
 log = structlog.get_logger()
@@ -175,7 +176,8 @@ class Posttrain:
     def _publish(self, number: int, started: float, updates: int, trajectories: int, mean: dict[str, float]) -> None:
         """Bundle, checkpoint and history, visible together or not at all."""
         assert self.learner is not None
-        bundle = self.context.artifacts.put(self.learner.bundle(self.base_hash, self.layout).to_bytes(), "safetensors")
+        content, key = self.learner.bundle(self.base_hash, self.layout).to_bytes(), self.context.settings.signer()
+        bundle = self.context.artifacts.put(content if key is None else sign(content, key), "safetensors")
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "checkpoint.safetensors"
             self.learner.checkpoint(path)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import Field
 
 from services.runtime.settings import CommonSettings
+from world2act.signature import private_key
 
 
 class TrainerSettings(CommonSettings):
@@ -29,4 +31,18 @@ class TrainerSettings(CommonSettings):
     in_flight: int = Field(8, ge=1, le=1024, description="episodes of one job that are requested and not yet back")
     imagine_patience: float = Field(240.0, ge=1, description="seconds until a target that does not come is asked for again")
     data_root: Path = Field(Path("data"), description="the only folder that a stage1 job may read demonstrations from")
+    trainer_signing_key_file: Path | None = Field(
+        None, description="Ed25519 private key (PEM) that the bundle of every round is signed with, for a vla with trusted keys"
+    )
     metrics_every: int = Field(20, ge=1, description="Stage 2 updates between two metrics events")
+
+    def signer(self) -> Ed25519PrivateKey | None:
+        """The key that bundles are signed with, or None. Raises ValueError naming `trainer_signing_key_file` for a bad one."""
+        file = self.trainer_signing_key_file
+        if file is None:
+            return None
+        try:
+            return private_key(file.read_text(), "trainer_signing_key_file")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", "it is no text")
+            raise ValueError(f"trainer_signing_key_file: cannot read {file}: {reason}") from None

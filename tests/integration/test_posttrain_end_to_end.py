@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from services.cli.settings import CliSettings
 from services.cli.specs import service_specs
@@ -26,6 +28,7 @@ from services.trainer.ledger import finished_key
 from tests.processes import wait_for
 from tests.vla_server import make_zoo
 from world2act.bundle import Bundle
+from world2act.signature import name_of
 
 pytestmark = pytest.mark.integration
 VICTIMS = ("simulator", "rollout", "triton", "vla", "gateway", "trainer", "segmenter", "worldmodel", "redis")
@@ -38,6 +41,7 @@ PARAMS: dict[str, Any] = {
     "steps": 30,
 }
 EPISODES = 2 * 2 * 8
+KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 PACE = EPISODES // (len(VICTIMS) + 1)
 """A service is killed each time this many more episodes are finished."""
 
@@ -53,7 +57,12 @@ def settings_on_free_ports(folder: Path) -> CliSettings:
 
 
 @pytest.fixture
-def stack(tmp_path: Path) -> Iterator[tuple[Supervisor, CliSettings, list[str]]]:
+def stack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Supervisor, CliSettings, list[str]]]:
+    """Every service; the policy server loads only what this trainer has signed."""
+    (tmp_path / "key.pem").write_bytes(KEY.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    (tmp_path / "key.pub").write_bytes(KEY.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    monkeypatch.setenv("W2A_TRAINER_SIGNING_KEY_FILE", str(tmp_path / "key.pem"))
+    monkeypatch.setenv("W2A_VLA_TRUSTED_KEYS", str(tmp_path / "key.pub"))
     (tmp_path / "zoo").mkdir()
     make_zoo(tmp_path / "zoo")
     settings = settings_on_free_ports(tmp_path)
@@ -109,6 +118,6 @@ def test_kill_every_service_once(stack: tuple[Supervisor, CliSettings, list[str]
         assert len(names[name]) == len(set(names[name])) == count, name
     assert max(map(int, found.result["staleness"])) <= 1 and sum(found.result["staleness"].values()) == EPISODES
     bundle = Bundle.from_bytes(ArtifactStore(settings.artifacts_url).get(found.result["artifact"]))
-    assert bundle.version == found.result["version"] == 2
+    assert bundle.version == found.result["version"] == 2 and bundle.signed_by == name_of(KEY.public_key())
     assert not client.exists(DEAD) or client.xlen(DEAD) == 0, "nothing went to the dead letters"
     print(f"overlap {found.result['overlap']}, seconds {found.result['seconds']}, restarts {restarts}, at {time.time():.0f}")
