@@ -217,6 +217,7 @@ def http_server(brain: Brain, whole: bool) -> Iterator[str]:
 
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # as uvicorn: else head and body of an answer come 40 ms apart
 
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["content-length"]))
