@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from experiments.arena import Arena
-from experiments.policies import Frozen
+from experiments.policies import Playing
 from world2act import behaviour_cloning, stage1, worldmodel_training
 from world2act.data import robomimic
 from world2act.data.clips import cut_clips
@@ -164,14 +164,14 @@ def _hash(path: Path) -> str:
 
 
 def play(arena: Arena, base: TinyPolicy, tasks: Sequence[str], count: int) -> Iterator[Clip]:
-    """Clips of the base's own noisy rollouts with the actions that were executed: no expert, no success, no reward.
+    """Clips of the base at play with the actions that were executed: no expert, no success, no reward.
 
     Nothing in them is intended: they show what actions do, not what a task needs.
     """
-    first = PLAY_SEED * INDICES_PER_SEED
+    first, policy = PLAY_SEED * INDICES_PER_SEED, Playing(base, PLAY_SEED)
     for index in range(first, first + count):
         specs = [EpisodeSpec(0, task, index, PLAY_NOISE, f"{index:x}{number:x}") for number, task in enumerate(tasks)]
-        for run in arena.run(specs, Frozen(base), film=True):
+        for run in arena.run(specs, policy, film=True):
             assert run.frames is not None
             episode = run.trajectory
             nothing = np.zeros(len(episode.executed), np.bool_)
@@ -213,7 +213,7 @@ def _phases(settings: Stage1Settings) -> range:
 
 def inverse_settings(settings: Stage1Settings) -> Stage1Settings:
     """Stage 1 on true latents alone: an inverse-dynamics model that names the actions of a video."""
-    return replace(settings, predicted_share=0.0)
+    return replace(settings, predicted_share=0.0, adapters=replace(settings.adapters, frame_width=0))
 
 
 def _labelled_adapters(regime: Regime, places: Places, tasks: Sequence[str]) -> Adapters:

@@ -266,13 +266,19 @@ def losses(adapters: Adapters, batch: Batch, settings: Stage1Settings, generator
 def train(
     data: Stage1Data, settings: Stage1Settings, seed: int, progress: Progress | None = None
 ) -> tuple[Adapters, list[dict[str, float]]]:
-    """Adapters trained on cached latents, and the metrics of every step. Equal data, settings and seed give equal weights."""
+    """Adapters trained on cached latents, and the metrics of every step, the last with the frame encoder's error.
+
+    Equal data, settings and seed give equal weights.
+    """
     generator = torch.Generator().manual_seed(seed)
     statistics = Statistics.fit(data.actions, data.mask)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        # Where nothing was imagined from a single frame (one-step latents), there is nothing to train a frame encoder on.
+        width = settings.adapters.frame_width if bool(data.imagined.any()) else 0
         size = (data.still.shape[3], data.still.shape[4])
-        adapters = Adapters(replace(settings.adapters, latent_size=size), statistics, data.worldmodel_hash)
+        shapes = replace(settings.adapters, latent_size=size, frame_width=width)
+        adapters = Adapters(shapes, statistics, data.worldmodel_hash)
     optimiser = settings.optimiser.build(adapters.parameters())
     history: list[dict[str, float]] = []
     for step in range(settings.steps):
@@ -286,19 +292,19 @@ def train(
     if adapters.frame is not None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            history += train_frame_encoder(adapters, data, settings, generator, progress)
+            errors = train_frame_encoder(adapters, data, settings, generator, progress)
+        history[-1]["frame"] = float(np.mean(errors[-20:]))
     return adapters, history
 
 
 def train_frame_encoder(
     adapters: Adapters, data: Stage1Data, settings: Stage1Settings, generator: torch.Generator, progress: Progress | None = None
-) -> list[dict[str, float]]:
+) -> list[float]:
     """Train `adapters.frame` in place, with a head that is thrown away: frame and prompt -> D_a(e_v) of the imagined next chunk.
 
-    Raises ValueError when no clip was imagined from a single frame (one-step latents).
+    Returns the mean squared error of every step, in variances of the actions.
     """
-    if adapters.frame is None or not data.imagined.any():
-        raise ValueError("frame encoder: adapters.frame_width is 0, or the data has no imagined clip to learn from")
+    assert adapters.frame is not None
     clips, chunks = data.imagined.nonzero(as_tuple=True)
     with torch.no_grad():
         parts = torch.split(torch.arange(len(clips)), 1024)
@@ -310,7 +316,7 @@ def train_frame_encoder(
     )
     trained = nn.ModuleList([adapters.frame.requires_grad_(True), words, head])
     optimiser = settings.optimiser.build(trained.parameters())
-    history: list[dict[str, float]] = []
+    errors: list[float] = []
     for step in range(settings.frame_steps):
         rows = torch.randint(len(clips), (settings.frame_batch,), generator=generator)
         seen = data.still[clips[rows], chunks[rows]].float()
@@ -320,11 +326,11 @@ def train_frame_encoder(
         foretold = head(torch.cat([adapters.frame(seen), prompts[data.skills[clips[rows]]]], dim=1))
         loss = (foretold - targets[rows].flatten(1)).square().mean()
         settings.optimiser.update(optimiser, loss, step, settings.frame_steps)
-        history.append({"frame": float(loss.detach())})
+        errors.append(float(loss.detach()))
         if progress:
-            progress(step + 1, settings.frame_steps, history[-1])
+            progress(step + 1, settings.frame_steps, {"frame": errors[-1]})
     adapters.frame.requires_grad_(False)
-    return history
+    return errors
 
 
 # --- held-out metrics -----------------------------------------------------------------------------------------------------

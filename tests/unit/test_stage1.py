@@ -68,8 +68,7 @@ def test_the_frame_encoder_foretells_what_is_imagined_and_the_residual_begins_wi
     data = replace(data, still=data.predicted[:, 1:])
     choices = replace(QUICK, adapters=AdapterSettings(frame_width=32), frame_steps=150, frame_batch=64, latent_noise=0.0)
     adapters, history = stage1.train(data, choices, seed=0)
-    errors = [step["frame"] for step in history if "frame" in step]
-    assert len(errors) == 150 and np.mean(errors[-10:]) < 0.3 * np.mean(errors[:10])
+    assert history[-1]["frame"] < 0.3, "a constant answer has 1.0, the variance"
     assert adapters.frame is not None and not any(p.requires_grad for p in adapters.parameters())
     again, _ = stage1.train(data, choices, seed=0)
     assert again.hash == adapters.hash
@@ -80,8 +79,8 @@ def test_the_frame_encoder_foretells_what_is_imagined_and_the_residual_begins_wi
     residual = ResidualPolicy.from_adapters(shape, adapters)
     assert all(torch.equal(a, b) for a, b in zip(residual.vision.parameters(), adapters.frame.parameters(), strict=True))
     ResidualPolicy.from_adapters(replace(shape, width=64), adapters)  # another width begins anew
-    with pytest.raises(ValueError, match="no imagined clip"):
-        stage1.train(replace(data, imagined=torch.zeros_like(data.imagined)), choices, seed=0)
+    blind, _ = stage1.train(replace(data, imagined=torch.zeros_like(data.imagined)), choices, seed=0)
+    assert blind.frame is None and blind.settings.frame_width == 0, "one-step latents show no single frame"
 
 
 def test_learns_the_known_world_and_fails_when_alignment_shifts_by_one(monkeypatch):
