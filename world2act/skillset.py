@@ -29,9 +29,6 @@ Cue = Literal["gripper", "visual"]
 Record = dict[str, Any]
 Model = tuple[Planner, Aligner]
 
-HANDS = {"libero": "panda", "robocasa": "panda", "PandaOmron": "panda", "franka": "panda"}
-"""What sources call the robot -> the calibration in schemas.json, where that has another name."""
-
 CELLS = {"primary": 0, "wrist": 1, "left": 0, "right": 1}
 """Places in the grid (paper supplement E): LIBERO primary, wrist; RoboCasa left, right, wrist."""
 
@@ -71,10 +68,12 @@ def survey(source: Source, embodiment: str | None = None) -> Recipe:
     series = [e.widths for e in seen if not no_widths(e)]
     if not series:
         return recipe
-    hand = embodiment or HANDS.get(source.robot, source.robot)
-    if hand not in table.calibrations:
+    hand = table.hand(embodiment or source.robot)
+    if hand is None:
         known = ", ".join(table.calibrations)
-        raise ValueError(f"embodiment: the hand of {hand[:40]!r} is not known; name the one to use ({known})")
+        raise ValueError(
+            f"embodiment: the hand of {(embodiment or source.robot)[:40]!r} is not known; name the one to use ({known})"
+        )
     base = table.calibration(hand)
     said = json.loads(seen[0].meta.get("env_args", "{}")).get("gripper_open_width")
     calibration = calibrated(base, series) if said is None else replace(base, open_width_m=float(said))
