@@ -2,8 +2,8 @@
 
 shipped: the weights in zoo/ (base: few demonstrations; Stage 1: every labelled demonstration of split worldmodel).
 video-rich: n labelled demonstrations a task for everybody; the world model has seen plenty of video without actions. Stage 1
-    learns actions from the n demonstrations and from the robot's own rollouts, whose actions are known without any label,
-    names the actions of the video with that, and learns the predicted latents on those pseudo-actions.
+    names the actions of the video with an inverse-dynamics model that has seen the n demonstrations and the robot at play, whose
+    actions are known without any label (experiments/naming.py), and learns the predicted latents on those pseudo-actions.
 matched: n demonstrations a task for everybody, the world model too.
 Variants of any of them: Base-WM instead of Skill-WM (METHOD section 2), and Stage 1 of preset `paper`.
 """
@@ -16,11 +16,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 
+from experiments import naming
 from experiments.arena import Arena
-from experiments.policies import Playing
 from world2act import behaviour_cloning, stage1, worldmodel_training
 from world2act.data import robomimic
 from world2act.data.clips import cut_clips
@@ -28,18 +27,14 @@ from world2act.models.adapters import Adapters
 from world2act.models.tiny_policy import TinyPolicy, TinyPolicyConfig
 from world2act.models.worldmodel import WorldModel
 from world2act.presets import STAGE1, Preset, Stage1Settings
-from world2act.schedule import INDICES_PER_SEED, EpisodeSpec
 from world2act.segmentation import Segmentation
 from world2act.splits import Split
 from world2act.types import Clip, Episode, M, Skill
 
 Kind = Literal["shipped", "video-rich", "matched"]
 
-PLAY_EPISODES = 40
-"""Own rollouts a task that Stage 1 of the video-rich regime learns from."""
-PLAY_NOISE = 0.6
-PLAY_SEED = 99
-"""The seed of `schedule.plan` whose scenes of split posttrain they use; no method uses it."""
+PLAY_SHARE = 0.75
+"""Of the batches that the inverse-dynamics model learns from; the rest is of the labelled demonstrations."""
 
 
 @dataclass(frozen=True)
@@ -163,22 +158,6 @@ def _hash(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def play(arena: Arena, base: TinyPolicy, tasks: Sequence[str], count: int) -> Iterator[Clip]:
-    """Clips of the base at play with the actions that were executed: no expert, no success, no reward.
-
-    Nothing in them is intended: they show what actions do, not what a task needs.
-    """
-    first, policy = PLAY_SEED * INDICES_PER_SEED, Playing(base, PLAY_SEED)
-    for index in range(first, first + count):
-        specs = [EpisodeSpec(0, task, index, PLAY_NOISE, f"{index:x}{number:x}") for number, task in enumerate(tasks)]
-        for run in arena.run(specs, policy, film=True):
-            assert run.frames is not None
-            episode = run.trajectory
-            nothing = np.zeros(len(episode.executed), np.bool_)
-            prompt = episode.prompts[0]  # E_v never reads it
-            yield Clip(episode.task, prompt, run.frames, episode.executed, nothing, episode.split, episode.index)
-
-
 def _cut(regime: Regime, episodes: Iterable[Episode], phases: Sequence[int]) -> Iterator[Clip]:
     """Clips as the regime's world model is asked for them: by skill, or whole with the instruction as the prompt."""
     for episode in episodes:
@@ -187,33 +166,37 @@ def _cut(regime: Regime, episodes: Iterable[Episode], phases: Sequence[int]) -> 
 
 
 def _video_rich_adapters(regime: Regime, places: Places, tasks: Sequence[str]) -> Adapters:
-    """Name the actions of the video from few labels and own rollouts, then Stage 1 on all of it."""
-    naming, settings, seed = STAGE1["default"], STAGE1[regime.stage1], 0
+    """Name the actions of the video from few labels and own play, then Stage 1 on the demonstrations and the named video."""
+    settings, seed = STAGE1[regime.stage1], 0
     model = WorldModel.load(places.part(regime, "worldmodel"))
-    base = TinyPolicy.load(places.part(regime, "base"))
-    known = list(_cut(regime, few(places, tasks, regime.demonstrations), _phases(settings)))
-    arena = Arena(base.action_std.numpy(), segmented=regime.worldmodel == "skill")
-    own = list(play(arena, base, tasks, PLAY_EPISODES))
-    arena.close()
-    episodes = robomimic.read_root(places.demos, allowed=[Split.WORLDMODEL], tasks=tasks)
-    video = _cut(regime, episodes, _phases(settings))
-    data = stage1.build_data(model, itertools.chain(own, known, video), settings.horizon, seed)
-    labelled = slice(len(own) + len(known))
-    inverse, _ = stage1.train(data.rows(labelled), inverse_settings(naming), seed)
-    named = stage1.name_actions(inverse, data, keep=labelled)
-    if settings.predicted_share == 1.0:  # preset paper sees predictions only, and there are none of own rollouts
-        named = named.rows(slice(len(own), None))
-    adapters, _ = stage1.train(named, settings, seed)
-    return adapters
+    demonstrations = few(places, tasks, regime.demonstrations)
+    labelled = naming.windows(model, map(naming.film_of, demonstrations))
+    pools = [(own_play(regime, places, tasks), PLAY_SHARE), (labelled, 1.0 - PLAY_SHARE)]
+    inverse = naming.fit(pools, STAGE1["default"].latent_noise, seed)
+    known = list(_cut(regime, demonstrations, _phases(settings)))
+    video = _cut(regime, robomimic.read_root(places.demos, allowed=[Split.WORLDMODEL], tasks=tasks), _phases(settings))
+    data = stage1.build_data(model, itertools.chain(known, video), settings.horizon, seed)
+    return stage1.train(stage1.name_actions(inverse.read, data, keep=slice(len(known))), settings, seed)[0]
+
+
+def own_play(regime: Regime, places: Places, tasks: Sequence[str]) -> naming.Windows:
+    """The regime's base at play, as its world model's VAE sees it; recorded once and kept."""
+    import hashlib
+
+    base, model = (places.part(regime, name) for name in ("base", "worldmodel"))
+    name = hashlib.sha256(f"{_hash(base)} {_hash(model)} {sorted(tasks)}".encode()).hexdigest()
+    path = base.parent / f"play-{name[:16]}.safetensors"
+    if not path.exists():
+        policy = TinyPolicy.load(base)
+        arena = Arena(policy.action_std.numpy())
+        found = naming.windows(WorldModel.load(model), naming.play(arena, policy, tasks))
+        arena.close()
+        found.save(path)
+    return naming.Windows.load(path)
 
 
 def _phases(settings: Stage1Settings) -> range:
     return range(0, M, max(1, M // settings.phases))
-
-
-def inverse_settings(settings: Stage1Settings) -> Stage1Settings:
-    """Stage 1 on true latents alone: an inverse-dynamics model that names the actions of a video."""
-    return replace(settings, predicted_share=0.0, adapters=replace(settings.adapters, frame_width=0))
 
 
 def _labelled_adapters(regime: Regime, places: Places, tasks: Sequence[str]) -> Adapters:

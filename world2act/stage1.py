@@ -188,12 +188,9 @@ def _assemble(
     )
 
 
-@torch.no_grad()
-def name_actions(adapters: Adapters, data: Stage1Data, keep: slice = slice(0)) -> Stage1Data:
-    """`data` with D_a(E_v(true latents)) in place of its actions, but for the clips in `keep`: pseudo-actions for video."""
-    true = data.pairs()[0]
-    chunks = torch.cat([adapters.decoder(adapters.video(part.float())) for part in torch.split(true, 64)])
-    actions = adapters.actions.denormalise(chunks)
+def name_actions(read: Callable[[Tensor], Tensor], data: Stage1Data, keep: slice = slice(0)) -> Stage1Data:
+    """`data` with `read`(true latents (N, K-1, C, h, w)) in place of its actions, but for the clips in `keep`: pseudo-actions."""
+    actions = read(data.pairs()[0])
     actions[keep] = data.actions[keep]
     return replace(data, actions=actions)
 

@@ -2,7 +2,7 @@
 
 It predicts what the skill world model predicts, latent 1 of a clip, from a still frame's latent, proprioception and the chunk
 that is executed, and the next proprioception. It learns from the labelled demonstrations of the regime and from the robot's own
-noisy rollouts, whose actions are known (the scenes that `regimes.play` uses too). The video VAE is the skill world model's.
+noisy rollouts, whose actions are known (in the scenes of `naming.play`). The video VAE is the skill world model's.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.methods.base import Frozen, Parts
-from experiments.regimes import PLAY_EPISODES, PLAY_NOISE, PLAY_SEED
+from experiments.naming import PLAY_NOISE, PLAY_SEED
 from world2act.data.clips import camera_grid
 from world2act.models.adapters import Adapters
 from world2act.models.worldmodel import WorldModel
@@ -27,6 +27,7 @@ from world2act.types import Episode, M
 WIDTH, BLOCKS, HIDDEN, PLACES = 64, 3, 128, 8
 STEPS, BATCH, RATE, WEIGHT_DECAY = 2000, 64, 2e-3, 1e-3
 LATENT_NOISE = 0.1
+OWN_EPISODES = 40  # rollouts a task
 """Standard deviation of the noise on input latents in training, in their own spread: rollouts feed predictions back."""
 STRIDE = 2
 """Frames between the starts of two transitions of a demonstration."""
@@ -80,7 +81,7 @@ def of_demonstration(model: WorldModel, adapters: Adapters, episode: Episode) ->
 def of_play(parts: Parts) -> Iterator[Transitions]:
     """The base's own noisy rollouts, one by one; states are known at chunk starts only, so the last chunk of each is left out."""
     first = PLAY_SEED * INDICES_PER_SEED
-    for index in range(first, first + PLAY_EPISODES):
+    for index in range(first, first + OWN_EPISODES):
         specs = [EpisodeSpec(0, task, index, PLAY_NOISE, f"{index:x}{number:x}") for number, task in enumerate(parts.tasks)]
         for run in parts.arena.run(specs, Frozen(parts.base), film=True):
             assert run.frames is not None

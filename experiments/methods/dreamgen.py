@@ -13,7 +13,8 @@ from torch import Tensor
 
 from experiments.arena import Policy
 from experiments.methods.base import Frozen, Parts
-from experiments.methods.inverse_dynamics import InverseDynamics, fit
+from experiments.methods.inverse_dynamics import fit
+from experiments.naming import InverseDynamics
 from experiments.regimes import cloning_steps
 from world2act import behaviour_cloning, schedule
 from world2act.behaviour_cloning import Samples
@@ -70,8 +71,7 @@ def dream(
     frames, chunks = [], []
     for prompt, length in skills:
         latents = parts.model.imagine(start, [prompt], length, [parts.seed])
-        pairs = torch.stack([latents[0, :-1], latents[0, 1:]], dim=1)
-        chunks.append(parts.adapters.actions.denormalise(network(pairs)).clamp(-1, 1))
+        chunks.append(network.read(latents[:, 1:])[0].clamp(-1, 1))
         film = parts.model.decode(latents)[0]
         frames.append(film[: M * length : M])
         start = film[-1:]

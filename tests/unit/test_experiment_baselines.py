@@ -284,7 +284,7 @@ def demonstrations() -> list[Episode]:
 @pytest.fixture
 def parts(base: TinyPolicy, model: WorldModel, adapters: Adapters, monkeypatch: pytest.MonkeyPatch) -> Parts:
     monkeypatch.setattr(action_worldmodel, "STEPS", 2)
-    monkeypatch.setattr(action_worldmodel, "PLAY_EPISODES", 1)
+    monkeypatch.setattr(action_worldmodel, "OWN_EPISODES", 1)
     monkeypatch.setattr(ctrl_world, "cloning_steps", lambda episodes: 2)
     monkeypatch.setattr(vla_rft.train, "__defaults__", (vla_rft.Settings(starts=2, group=3, horizon=2),))
     arena: Any = FakeArena(np.full(4, 0.5, np.float32))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,15 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import regimes
+from experiments import naming, regimes
 from experiments.methods import dreamgen
+from experiments.policies import Playing
 from experiments.regimes import Places, Regime
 from services.simulator.collect import env_args
 from services.simulator.envs.metaworld import SPEC
-from tests.unit.test_stage1 import QUICK, known_world
+from tests.unit.test_stage1 import known_world
 from world2act import schedule, stage1
 from world2act.data.clips import cut_clips
 from world2act.data.robomimic import EpisodeWriter
+from world2act.models.tiny_policy import TinyPolicy, TinyPolicyConfig
 from world2act.presets import STAGE2
 from world2act.splits import LeakageError, Split
 from world2act.types import Episode, M
@@ -50,9 +53,9 @@ def test_each_regime_takes_its_own_parts() -> None:
 
 
 def test_own_rollouts_use_scenes_that_no_method_meets() -> None:
-    first = regimes.PLAY_SEED * schedule.INDICES_PER_SEED
+    first = naming.PLAY_SEED * schedule.INDICES_PER_SEED
     plan = schedule.plan(STAGE2["default"], ["reach"], seed=4)
-    assert not {spec.index for spec in plan} & set(range(first, first + regimes.PLAY_EPISODES))
+    assert not {spec.index for spec in plan} & set(range(first, first + naming.PLAY_EPISODES))
 
 
 def test_more_demonstrations_are_cloned_for_longer_up_to_a_limit() -> None:
@@ -81,17 +84,46 @@ def test_phases_cut_other_pairs_of_the_same_video() -> None:
 
 
 def test_actions_named_from_video_replace_the_labels() -> None:
-    data = known_world(clips=60)
-    settings = replace(QUICK, latent_noise=0.0)
-    inverse, _ = stage1.train(data, settings, seed=0)
-    hidden = known_world(seed=1, clips=20)
-    blind = stage1.name_actions(inverse, replace(hidden, actions=torch.zeros_like(hidden.actions)))
+    seen, hidden = known_world(clips=60), known_world(seed=1, clips=20)
+    shown = naming.Windows(seen.true[:, 1:][seen.mask], seen.actions[seen.mask])
+    inverse = naming.fit([(shown, 1.0)], noise=0.0, seed=0, steps=60)
+    blind = stage1.name_actions(inverse.read, replace(hidden, actions=torch.zeros_like(hidden.actions)))
     error = (blind.actions - hidden.actions)[hidden.mask].square().mean()
     assert blind.actions.shape == hidden.actions.shape
-    assert error < 0.5 * hidden.actions[hidden.mask].var(), "the video says what was done"
-    partly = stage1.name_actions(inverse, hidden, keep=slice(5))
+    assert error < 0.2 * hidden.actions[hidden.mask].var(), "the video says what was done"
+    partly = stage1.name_actions(inverse.read, hidden, keep=slice(5))
     assert torch.equal(partly.actions[:5], hidden.actions[:5]) and torch.equal(partly.actions[5:], blind.actions[5:])
     assert torch.equal(partly.rows(slice(5)).actions, hidden.actions[:5]) and len(partly.rows(slice(5))) == 5
+
+
+def test_play_is_the_base_and_random_motion_in_spans() -> None:
+    base = TinyPolicy(TinyPolicyConfig(channels=(4, 4, 4), hidden=16, text_width=8)).eval()
+    frames, states = torch.zeros((2, 128, 128, 3), dtype=torch.uint8), torch.zeros(2, 4)
+    player = Playing(base, seed=0)
+    moves = [player.act(frames, states, ["a", "b"], ["", ""]) for _ in range(200)]
+    interrupted = np.array([[not torch.equal(moved[row], chunk[row]) for chunk, moved in moves] for row in (0, 1)])
+    assert 0.4 < interrupted.mean() < 0.6 and not np.array_equal(interrupted[0], interrupted[1])
+    for row in (0, 1):
+        motions = [moves[i][1][row] for i in np.flatnonzero(interrupted[row])]
+        assert all(bool((motion == motion[0]).all()) and abs(float(motion[0, 3])) == 1.0 for motion in motions), (
+            "held for a chunk"
+        )
+        held = sum(torch.equal(a, b) for a, b in itertools.pairwise(motions)) / len(motions)
+        assert 0.3 < held < 0.7, "and often for longer"
+
+
+def test_windows_are_every_second_whole_chunk(tmp_path: Path) -> None:
+    class Model:
+        def encode(self, frames: torch.Tensor) -> torch.Tensor:
+            return frames[:, [0, M], :1, :1, :1].float().expand(-1, -1, 16, 2, 2)
+
+    frames = torch.arange(11, dtype=torch.uint8)[:, None, None, None].expand(-1, 4, 4, 3)
+    actions = torch.arange(10.0)[:, None].expand(-1, 4)
+    found = naming.windows(Model(), [(frames, actions)])  # type: ignore[arg-type]
+    assert found.latents[:, 0, 0, 0].tolist() == [4, 6, 8, 10] and found.chunks[:, 0, 0].tolist() == [0, 2, 4, 6]
+    found.save(tmp_path / "play.safetensors")
+    again = naming.Windows.load(tmp_path / "play.safetensors")
+    assert torch.equal(again.latents, found.latents) and torch.equal(again.chunks, found.chunks)
 
 
 def test_dreams_move_proprioception_as_the_labels_do_and_last_as_long() -> None:
