@@ -23,6 +23,7 @@ from experiments.arena import Arena
 from world2act import behaviour_cloning, stage1, worldmodel_training
 from world2act.data import robomimic
 from world2act.data.clips import cut_clips
+from world2act.models import store
 from world2act.models.adapters import Adapters
 from world2act.models.tiny_policy import TinyPolicy, TinyPolicyConfig
 from world2act.models.worldmodel import WorldModel
@@ -183,13 +184,14 @@ def own_play(regime: Regime, places: Places, tasks: Sequence[str]) -> naming.Win
     """The regime's base at play, as its world model's VAE sees it; recorded once and kept."""
     import hashlib
 
-    base, model = (places.part(regime, name) for name in ("base", "worldmodel"))
-    name = hashlib.sha256(f"{_hash(base)} {_hash(model)} {sorted(tasks)}".encode()).hexdigest()
+    base, model = places.part(regime, "base"), WorldModel.load(places.part(regime, "worldmodel"))
+    seen_by = store.content_hash(store.to_bytes(model.vae.state_dict(), {}))
+    name = hashlib.sha256(f"{_hash(base)} {seen_by} {sorted(tasks)}".encode()).hexdigest()
     path = base.parent / f"play-{name[:16]}.safetensors"
     if not path.exists():
         policy = TinyPolicy.load(base)
         arena = Arena(policy.action_std.numpy())
-        found = naming.windows(WorldModel.load(model), naming.play(arena, policy, tasks))
+        found = naming.windows(model, naming.play(arena, policy, tasks))
         arena.close()
         found.save(path)
     return naming.Windows.load(path)
