@@ -12,9 +12,11 @@ from torch import Tensor
 
 from experiments import distortions
 from experiments.arena import Arena, Run
+from services.simulator.envs.base import make
 from services.simulator.envs.metaworld import SPEC
 from world2act.schedule import EpisodeSpec
-from world2act.splits import Split
+from world2act.splits import Split, scene_seed
+from world2act.types import M
 
 TASKS = ("drawer-close", "reach")
 SPREAD = np.array([0.5, 0.5, 0.5, 0.5], np.float32)
@@ -96,3 +98,17 @@ def test_distortions_change_what_is_seen_and_leave_empty_cells_black(plain: list
         assert 1.0 < np.abs(seen[:64].astype(int) - grid[:64]).mean() < 60, name
         np.testing.assert_array_equal(seen, distortion(grid, 7))
     assert (distortions.light(grid, 1001) == distortions.light(grid, 1002)).all(), "one light per episode"
+
+
+@pytest.mark.parametrize("task", ["push", "pick-place"])
+def test_the_expert_opens_a_hand_that_somebody_closed(task: str) -> None:
+    env = make("metaworld")
+    env.reset(task, scene_seed(Split.TUNING, 3))
+    closed = np.tile(np.array([0, 0, 0, 1], np.float32), (M, 1))
+    for _ in range(3):
+        result = env.step(closed, "none")
+    assert result.states[-1][3] < 0.0205, "the hand is closed on nothing"
+    for _ in range(M * 15):
+        result = env.step(env.expert_action()[None], "none")
+    env.close()
+    assert result.success
