@@ -15,6 +15,7 @@ METHODS: dict[str, Method] = {
     "ctrl-world": ctrl_world.train,
     "lora-16": lora.rank_16,
     "lora-32": lora.rank_32,
+    "imagination": oracles.imagination,
     "oracle-action": oracles.action,
     "oracle-video": oracles.video,
 }
