@@ -208,8 +208,9 @@ EXPERIMENTS: dict[str, Experiment] = {
     ),
     "methods": Experiment(
         "Methods (paper Table 1, Fig. 3)",
-        "Baselines in small, on the same base, data, scenes and budget, named after what they imitate. Bounds are not "
-        "methods: in `imagination` the targets act themselves, oracles use the simulator's expert. Distorted cameras are distorted in post-training and in evaluation.",
+        "Baselines in small, on the same base, data, scenes and budget, named after what they imitate. Bounds are not methods: "
+        "in `imagination` the targets act themselves, oracles use the simulator's expert. Distorted cameras are distorted in "
+        "post-training and in evaluation.",
         _methods,
     ),
     "worldmodel": Experiment(

@@ -112,7 +112,7 @@ def test_a_run_of_some_rows_keeps_the_others_of_the_same_sizes(plan: Plan) -> No
     cells = {rows[0].label: [Cell("main", "base", 0)]}
     earlier = replace(plan, rows=(PlannedRow(rows[1].label, ("kept",)), PlannedRow(rows[0].label, ("old",))))
     found = results.planned(rows, cells, earlier, SIZES)
-    assert [row.cells for row in found] == [(cells[rows[0].label][0].name,), ("kept",), (), ()]
+    assert [row.cells for row in found] == [(cells[rows[0].label][0].name,), ("kept",), *[()] * (len(rows) - 2)]
     other = results.planned(rows, cells, earlier, Sizes(1, 4, SIZES.tasks))
     assert other[1].cells == ()
 
