@@ -75,7 +75,7 @@ class Windows:
 
     def save(self, path: Path) -> None:
         """One safetensors file."""
-        save_file({"latents": self.latents, "chunks": self.chunks}, path)
+        save_file({"latents": self.latents.contiguous(), "chunks": self.chunks.contiguous()}, path)
 
     @classmethod
     def load(cls, path: Path) -> Windows:
