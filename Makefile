@@ -8,7 +8,7 @@ help:
 	@echo "make test   every test: lint, types, unit, conformance, integration with the real processes"
 	@echo "make containers  build the images, bring all up in them, break each part (needs a Docker Engine: scripts/engine.sh)"
 	@echo "make bench  every rate, one table"
-	@echo "make zoo    rebuild every shipped weight from nothing (about 75 minutes on 2 cores)"
+	@echo "make zoo    rebuild every shipped weight from nothing (about 90 minutes on 2 cores)"
 	@echo "make skills  skill data sets of Meta-World and LIBERO from our experts, scored, and docs/skills.md (hours; resumable)"
 	@echo "make experiments  every experiment at its full size (days on 2 cores; resumable), and docs/results.md"
 	@echo "make proto  regenerate the protobuf code"
