@@ -25,9 +25,6 @@ Vision = Literal["latent", "pixels"]
 LONGEST_CLIP = 16
 """Chunks of one closed-loop clip at most: what a RolloutRequest carries."""
 
-RESIDUAL_WIDTH = 128
-"""Of the residual's tokens, and so of the frame encoder that Stage 1 trains for it."""
-
 
 def _at_least(limit: float, **values: float) -> None:
     for name, value in values.items():
@@ -74,13 +71,10 @@ class Stage1Settings:
     hard_ratio: share of the batch drawn from one and the same skill (hard negatives). window: pairs per clip at most.
     random_start: probability that a clip's window starts at random instead of at its first pair.
     action_noise: standard deviation of the noise of the term "noisy", in standard deviations of the actions.
-    frame_steps, frame_batch: training of the frame encoder, where the adapters have one (`AdapterSettings.frame_width`), on
-    single frames of the video: it foretells what the world model will do from there, D_a(e_v) of the next chunk. Stage 2's
-    residual begins with these eyes: it learns from all of the video, not only from the scenes that are executed.
     Pooling and unit norm of embeddings are the adapters' (`AdapterSettings.pool`, `unit`).
     """
 
-    adapters: AdapterSettings = field(default_factory=lambda: AdapterSettings(frame_width=RESIDUAL_WIDTH))
+    adapters: AdapterSettings = field(default_factory=AdapterSettings)
     optimiser: Optimiser = field(default_factory=Optimiser)
     contrastive: Contrastive = field(default_factory=Contrastive)
     weights: Stage1Weights = field(default_factory=Stage1Weights)
@@ -94,12 +88,9 @@ class Stage1Settings:
     phases: int = 2
     latent_noise: float = 0.3
     action_noise: float = 0.5
-    frame_steps: int = 2500
-    frame_batch: int = 256
 
     def __post_init__(self) -> None:
         _at_least(1, steps=self.steps, window=self.window, phases=self.phases)
-        _at_least(1, frame_steps=self.frame_steps, frame_batch=self.frame_batch)
         _at_least(2, batch=self.batch)
         _at_least(0, horizon=self.horizon, action_noise=self.action_noise, latent_noise=self.latent_noise)
         _share(hard_ratio=self.hard_ratio, random_start=self.random_start, predicted_share=self.predicted_share)
@@ -157,7 +148,7 @@ class Stage2Settings:
     vision: Vision = "latent"
     instruction: bool = True
     bound: float = 4.0
-    width: int = RESIDUAL_WIDTH
+    width: int = 128
     tasks_per_step: int = 2
     episodes_per_step: int = 12
     latent_noise: float = 0.15

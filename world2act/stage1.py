@@ -18,13 +18,12 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from world2act import objectives
 from world2act.data.clips import cut_clips
 from world2act.data.robomimic import read_root
 from world2act.models.adapters import Adapters
-from world2act.models.text import WordEmbedding
 from world2act.normalisation import Statistics
 from world2act.presets import STAGE1, Preset, Stage1Settings
 from world2act.splits import Split
@@ -35,9 +34,6 @@ Progress = Callable[[int, int, dict[str, float]], None]
 
 RETRIEVAL = 16
 """Retrieval picks the true action sequence out of this many; chance is 1 / 16."""
-
-WORD_WIDTH = 32
-"""Of a prompt's words while the frame encoder is trained."""
 
 
 class VideoModel(Protocol):
@@ -59,9 +55,7 @@ class Stage1Data:
 
     true, predicted: float16 (N, K, C, h, w) latents of the encoded video and of the world model; actions: (N, K-1, M, A) in the
     simulator's units; mask: bool (N, K-1), False where padded; intended: bool (N, K-1), inside mask, False where a disturbance
-    acted, which true latents show and predicted ones do not; still: float16 (N, K-1, C, h, w), latents of the single frames that
-    clips were imagined from, and imagined: bool (N, K-1), whether one was: predicted latent k + 1 goes on from still k;
-    tasks, skills: int (N,), numbers in task_names, prompts.
+    acted, which true latents show and predicted ones do not; tasks, skills: int (N,), equal for clips of one task, prompt.
     """
 
     true: Tensor
@@ -69,12 +63,9 @@ class Stage1Data:
     actions: Tensor
     mask: Tensor
     intended: Tensor
-    still: Tensor
-    imagined: Tensor
     tasks: Tensor
     skills: Tensor
     task_names: tuple[str, ...]
-    prompts: tuple[str, ...]
     worldmodel_hash: str
 
     def __len__(self) -> int:
@@ -82,7 +73,7 @@ class Stage1Data:
 
     def rows(self, which: slice) -> Stage1Data:
         """Some of the clips."""
-        per_clip = ("true", "predicted", "actions", "mask", "intended", "still", "imagined", "tasks", "skills")
+        per_clip = ("true", "predicted", "actions", "mask", "intended", "tasks", "skills")
         return replace(self, **{name: getattr(self, name)[which] for name in per_clip})
 
     def pairs(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -117,8 +108,6 @@ def build_data(model: VideoModel, clips: Iterable[Clip], horizon: int, seed: int
     kept: list[Clip] = []  # without their frames
     true: list[Tensor] = []
     predicted: list[Tensor] = []
-    still: list[Tensor] = []
-    imagined: list[Tensor] = []
     rng = np.random.default_rng(seed)
     for clip in clips:
         shape = (kept or [clip])[0].actions.shape[1:]
@@ -131,24 +120,18 @@ def build_data(model: VideoModel, clips: Iterable[Clip], horizon: int, seed: int
         true.append(model.encode(torch.from_numpy(clip.frames)[None])[0])
         starts = sorted({0, *range(int(rng.integers(horizon)), n, horizon)}) if horizon else [0]
         draw = seed * 1_000_003 + len(kept) * 1009
-        still.append(torch.zeros_like(true[-1][1:]))
-        imagined.append(torch.zeros(n, dtype=torch.bool))
         if one_step:
             predicted.append(model.denoise_once(torch.from_numpy(clip.frames)[None], [clip.prompt], [draw])[0])
         else:
-            imagined[-1][starts] = True
-            predicted.append(_predict(model, clip, true[-1], starts, draw, still[-1]))
+            predicted.append(_predict(model, clip, true[-1], starts, draw))
         kept.append(replace(clip, frames=clip.frames[:0].copy()))  # a view would keep the whole film
     if not kept:
         raise ValueError("clips: need at least one")
-    return _assemble(model.hash, kept, true, predicted, still, imagined)
+    return _assemble(model.hash, kept, true, predicted)
 
 
-def _predict(model: VideoModel, clip: Clip, true: Tensor, starts: list[int], seed: int, still: Tensor) -> Tensor:
-    """Latents (1 + n, C, h, w): each start's prediction up to the next start; latent 0 is the encoded first frame.
-
-    Writes the starts' own latents into `still` (n, C, h, w).
-    """
+def _predict(model: VideoModel, clip: Clip, true: Tensor, starts: list[int], seed: int) -> Tensor:
+    """Latents (1 + n, C, h, w): each start's prediction up to the next start; latent 0 is the encoded first frame."""
     out = true.clone()
     spans: dict[int, list[int]] = {}  # latents ahead -> starts
     for start, end in zip(starts, [*starts[1:], len(clip.actions)], strict=True):
@@ -158,18 +141,10 @@ def _predict(model: VideoModel, clip: Clip, true: Tensor, starts: list[int], see
         latents = model.imagine(frames, [clip.prompt] * len(rows), ahead, [seed + start for start in rows])
         for start, latent in zip(rows, latents, strict=True):
             out[start + 1 : start + 1 + ahead] = latent[1:]
-            still[start] = latent[0]
     return out
 
 
-def _assemble(
-    worldmodel_hash: str,
-    clips: list[Clip],
-    true: list[Tensor],
-    predicted: list[Tensor],
-    still: list[Tensor],
-    imagined: list[Tensor],
-) -> Stage1Data:
+def _assemble(worldmodel_hash: str, clips: list[Clip], true: list[Tensor], predicted: list[Tensor]) -> Stage1Data:
     padded = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
     tasks, prompts = sorted({c.task for c in clips}), sorted({c.prompt for c in clips})
     return Stage1Data(
@@ -178,12 +153,9 @@ def _assemble(
         actions=padded([torch.from_numpy(c.actions) for c in clips]),
         mask=padded([torch.ones(len(c.actions), dtype=torch.bool) for c in clips]),
         intended=padded([torch.from_numpy(c.intended) for c in clips]),
-        still=padded(still).half(),
-        imagined=padded(imagined),
         tasks=torch.tensor([tasks.index(c.task) for c in clips]),
         skills=torch.tensor([prompts.index(c.prompt) for c in clips]),
         task_names=tuple(tasks),
-        prompts=tuple(prompts),
         worldmodel_hash=worldmodel_hash,
     )
 
@@ -263,19 +235,12 @@ def losses(adapters: Adapters, batch: Batch, settings: Stage1Settings, generator
 def train(
     data: Stage1Data, settings: Stage1Settings, seed: int, progress: Progress | None = None
 ) -> tuple[Adapters, list[dict[str, float]]]:
-    """Adapters trained on cached latents, and the metrics of every step, the last with the frame encoder's error.
-
-    Equal data, settings and seed give equal weights.
-    """
+    """Adapters trained on cached latents, and the metrics of every step. Equal data, settings and seed give equal weights."""
     generator = torch.Generator().manual_seed(seed)
     statistics = Statistics.fit(data.actions, data.mask)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        # Where nothing was imagined from a single frame (one-step latents), there is nothing to train a frame encoder on.
-        width = settings.adapters.frame_width if bool(data.imagined.any()) else 0
-        size = (data.still.shape[3], data.still.shape[4])
-        shapes = replace(settings.adapters, latent_size=size, frame_width=width)
-        adapters = Adapters(shapes, statistics, data.worldmodel_hash)
+        adapters = Adapters(settings.adapters, statistics, data.worldmodel_hash)
     optimiser = settings.optimiser.build(adapters.parameters())
     history: list[dict[str, float]] = []
     for step in range(settings.steps):
@@ -285,49 +250,7 @@ def train(
         history.append({name: float(term.detach()) for name, term in terms.items()})
         if progress:
             progress(step + 1, settings.steps, history[-1])
-    adapters.eval().requires_grad_(False)
-    if adapters.frame is not None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            errors = train_frame_encoder(adapters, data, settings, generator, progress)
-        history[-1]["frame"] = float(np.mean(errors[-20:]))
-    return adapters, history
-
-
-def train_frame_encoder(
-    adapters: Adapters, data: Stage1Data, settings: Stage1Settings, generator: torch.Generator, progress: Progress | None = None
-) -> list[float]:
-    """Train `adapters.frame` in place, with a head that is thrown away: frame and prompt -> D_a(e_v) of the imagined next chunk.
-
-    Returns the mean squared error of every step, in variances of the actions.
-    """
-    assert adapters.frame is not None
-    clips, chunks = data.imagined.nonzero(as_tuple=True)
-    with torch.no_grad():
-        parts = torch.split(torch.arange(len(clips)), 1024)
-        latents = (data.predicted[clips[i], 1 + chunks[i]].float()[:, None] for i in parts)
-        targets = torch.cat([adapters.decoder(adapters.video(part))[:, 0] for part in latents])
-    words = WordEmbedding(WORD_WIDTH)
-    head = nn.Sequential(
-        nn.Linear(settings.adapters.frame_width + WORD_WIDTH, 128), nn.GELU(), nn.Linear(128, targets[0].numel())
-    )
-    trained = nn.ModuleList([adapters.frame.requires_grad_(True), words, head])
-    optimiser = settings.optimiser.build(trained.parameters())
-    errors: list[float] = []
-    for step in range(settings.frame_steps):
-        rows = torch.randint(len(clips), (settings.frame_batch,), generator=generator)
-        seen = data.still[clips[rows], chunks[rows]].float()
-        seen = seen + settings.latent_noise * torch.randn(seen.shape, generator=generator)
-        vectors, present = words(data.prompts)
-        prompts = (vectors * present[..., None]).sum(1) / present.sum(1, keepdim=True)
-        foretold = head(torch.cat([adapters.frame(seen), prompts[data.skills[clips[rows]]]], dim=1))
-        loss = (foretold - targets[rows].flatten(1)).square().mean()
-        settings.optimiser.update(optimiser, loss, step, settings.frame_steps)
-        errors.append(float(loss.detach()))
-        if progress:
-            progress(step + 1, settings.frame_steps, {"frame": errors[-1]})
-    adapters.frame.requires_grad_(False)
-    return errors
+    return adapters.eval().requires_grad_(False), history
 
 
 # --- held-out metrics -----------------------------------------------------------------------------------------------------

@@ -55,7 +55,6 @@ def test_fields_are_replaced_by_name_in_any_order():
 def test_every_stage_1_choice_of_the_paper_can_be_named():
     """From `default`, name by name: pooling, unit norm, terms, share of predicted latents."""
     names = {"adapters.pool": "average", "adapters.unit": False, "predicted_share": 1, "horizon": 0, "action_noise": 0}
-    names["adapters.frame_width"] = 0
     found = changed(STAGE1["default"], names)
     assert found.adapters == STAGE1["paper"].adapters == AdapterSettings(pool="average", unit=False)
     assert (found.predicted_share, found.horizon) == (STAGE1["paper"].predicted_share, STAGE1["paper"].horizon)

@@ -10,12 +10,11 @@ from hypothesis import strategies as st
 
 from world2act import stage1
 from world2act.models.adapters import Adapters, AdapterSettings
-from world2act.models.residual import ResidualPolicy, ResidualSettings
 from world2act.normalisation import Statistics
 from world2act.presets import STAGE1
 from world2act.types import Clip
 
-QUICK = replace(STAGE1["default"], steps=120, batch=12, predicted_share=0.0, adapters=AdapterSettings())
+QUICK = replace(STAGE1["default"], steps=120, batch=12, predicted_share=0.0)
 
 
 def painted(actions: torch.Tensor) -> torch.Tensor:
@@ -30,20 +29,7 @@ def known_world(seed: int = 0, clips: int = 60, chunks: int = 6) -> stage1.Stage
     latents = painted(actions)
     mask = torch.arange(chunks) < torch.randint(3, chunks + 1, (clips, 1), generator=generator)
     skills = torch.arange(clips) % 3
-    return stage1.Stage1Data(
-        latents,
-        latents,
-        actions,
-        mask,
-        mask,
-        latents[:, :-1],
-        mask,
-        torch.arange(clips) % 2,
-        skills,
-        ("a", "b"),
-        tuple("pqr"),
-        "w" * 64,
-    )
+    return stage1.Stage1Data(latents, latents, actions, mask, mask, torch.arange(clips) % 2, skills, ("a", "b"), "w" * 64)
 
 
 def test_what_nobody_intended_is_read_from_true_latents_only():
@@ -60,27 +46,6 @@ def test_what_nobody_intended_is_read_from_true_latents_only():
         assert batch.mask[~true, 0].all() and not batch.mask[~true, 1::2].any()
         seen |= set(true.tolist())
     assert seen == {True, False}
-
-
-def test_the_frame_encoder_foretells_what_is_imagined_and_the_residual_begins_with_it():
-    data = known_world(clips=40)
-    # What is imagined from a frame can be seen in it: here, the very numbers.
-    data = replace(data, still=data.predicted[:, 1:])
-    choices = replace(QUICK, adapters=AdapterSettings(frame_width=32), frame_steps=150, frame_batch=64, latent_noise=0.0)
-    adapters, history = stage1.train(data, choices, seed=0)
-    assert history[-1]["frame"] < 0.3, "a constant answer has 1.0, the variance"
-    assert adapters.frame is not None and not any(p.requires_grad for p in adapters.parameters())
-    again, _ = stage1.train(data, choices, seed=0)
-    assert again.hash == adapters.hash
-    plain, _ = stage1.train(data, replace(choices, adapters=AdapterSettings()), seed=0)
-    assert all(torch.equal(plain.state_dict()[name], adapters.state_dict()[name]) for name in plain.state_dict())
-
-    shape = ResidualSettings(width=32, latent_shape=(16, 4, 4))
-    residual = ResidualPolicy.from_adapters(shape, adapters)
-    assert all(torch.equal(a, b) for a, b in zip(residual.vision.parameters(), adapters.frame.parameters(), strict=True))
-    ResidualPolicy.from_adapters(replace(shape, width=64), adapters)  # another width begins anew
-    blind, _ = stage1.train(replace(data, imagined=torch.zeros_like(data.imagined)), choices, seed=0)
-    assert blind.frame is None and blind.settings.frame_width == 0, "one-step latents show no single frame"
 
 
 def test_learns_the_known_world_and_fails_when_alignment_shifts_by_one(monkeypatch):

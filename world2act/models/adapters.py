@@ -1,5 +1,4 @@
-"""Stage 1's three small networks (METHOD section 3): video adapter E_v, action adapter E_a, action decoder D_a; and, not in the
-paper, the eyes of Stage 2's residual, trained beforehand.
+"""Stage 1's three small networks (METHOD section 3): video adapter E_v, action adapter E_a, action decoder D_a.
 
 Latents (B, K, C, h, w) and action chunks (B, K, M, A) meet in one space of D numbers per chunk. Actions are normalised
 (`Statistics`); the statistics and the hash of the world model whose latents E_v reads travel in the same file.
@@ -29,8 +28,7 @@ class AdapterSettings:
 
     pool: "average" is the paper's AdaptiveAvgPool(1, 1); "flatten" keeps a coarse grid, so that *where* something moves
     survives; pool_grid (2, 4) is 2x2 for each of two cameras side by side. unit: embeddings have length sqrt(D), so that D_a
-    sees E_v's and E_a's at one scale. frame_width: of the frame encoder's token, 0 for none; latent_size: rows and columns of
-    a latent frame, read by the frame encoder alone.
+    sees E_v's and E_a's at one scale.
     """
 
     channels: int = 16
@@ -40,8 +38,6 @@ class AdapterSettings:
     pool: Literal["average", "flatten"] = "flatten"
     pool_grid: tuple[int, int] = (2, 4)
     unit: bool = True
-    frame_width: int = 0
-    latent_size: tuple[int, int] = (8, 16)
 
     def __post_init__(self) -> None:
         for name in ("channels", "action_size", "chunk", "size"):
@@ -51,10 +47,6 @@ class AdapterSettings:
             raise ValueError(f"pool: must be 'average' or 'flatten', got {self.pool!r}")
         if len(self.pool_grid) != 2 or min(self.pool_grid) < 1:
             raise ValueError(f"pool_grid: must be two numbers >= 1, got {self.pool_grid}")
-        if len(self.latent_size) != 2 or not all(1 <= n <= 100_000 for n in self.latent_size):
-            raise ValueError(f"latent_size: must be two numbers of 1 to 100000, got {self.latent_size}")
-        if not 0 <= self.frame_width <= 4096:
-            raise ValueError(f"frame_width: must be 0 to 4096, got {self.frame_width}")
 
 
 def to_sphere(embedding: Tensor) -> Tensor:
@@ -115,31 +107,8 @@ class ActionDecoder(nn.Module):
         return chunk.view(*chunk.shape[:-1], *self.shape)
 
 
-class LatentEncoder(nn.Module):
-    """A small convolution on the frame's VAE latent: faster and better than pixels at small size. (N, C, h, w) -> (N, width)."""
-
-    def __init__(self, shape: tuple[int, int, int], width: int) -> None:
-        super().__init__()
-        channels, rows, columns = shape
-        cells = ((rows + 1) // 2) * ((columns + 1) // 2)
-        self.net = nn.Sequential(
-            nn.Conv2d(channels, 64, 3, 1, 1),
-            nn.ReLU(),
-            nn.Conv2d(64, 64, 3, 2, 1),
-            nn.ReLU(),
-            nn.Flatten(),
-            nn.Linear(64 * cells, width),
-            nn.LayerNorm(width),
-        )
-
-    def forward(self, latents: Tensor) -> Tensor:
-        token: Tensor = self.net(latents)
-        return token
-
-
 class Adapters(nn.Module):
-    """E_v, E_a, D_a (and `frame`, a frame encoder, or None) with what they are worthless without: action statistics and the
-    world model's hash.
+    """E_v, E_a, D_a with what they are worthless without: action statistics and the world model's hash.
 
     card: what, data, command, seed, metrics; saved in the file. hash: sha256 of the file that `save` writes.
     """
@@ -157,8 +126,6 @@ class Adapters(nn.Module):
         self.video = VideoAdapter(settings)
         self.action = ActionAdapter(settings)
         self.decoder = ActionDecoder(settings)
-        shape = (settings.channels, *settings.latent_size)
-        self.frame = LatentEncoder(shape, settings.frame_width) if settings.frame_width else None
 
     def check_worldmodel(self, found: str) -> None:
         """Raise store.WeightsError unless `found` is the hash of the world model these adapters were trained on."""
@@ -193,8 +160,7 @@ class Adapters(nn.Module):
         tensors, metadata, _ = store.read(path, KIND)
         try:
             values = metadata["config"]["settings"]
-            pairs = {name: tuple(values[name]) for name in ("pool_grid", "latent_size") if name in values}
-            settings = AdapterSettings(**{**values, **pairs})
+            settings = AdapterSettings(**{**values, "pool_grid": tuple(values["pool_grid"])})
             statistics = Statistics.take(tensors, "actions")
             adapters = cls(settings, statistics, metadata["config"]["worldmodel_hash"], metadata["card"])
             adapters.load_state_dict({k: v for k, v in tensors.items() if not k.startswith("actions.")})

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from world2act.models.adapters import Adapters, LatentEncoder
+from world2act.models.adapters import Adapters
 from world2act.models.text import WordEmbedding
 
 PIXELS = 256
@@ -77,6 +77,28 @@ class PixelEncoder(nn.Module):
         return token
 
 
+class LatentEncoder(nn.Module):
+    """A small convolution on the frame's VAE latent: faster and better than pixels at small size. (N, C, h, w) -> (N, width)."""
+
+    def __init__(self, shape: tuple[int, int, int], width: int) -> None:
+        super().__init__()
+        channels, rows, columns = shape
+        cells = ((rows + 1) // 2) * ((columns + 1) // 2)
+        self.net = nn.Sequential(
+            nn.Conv2d(channels, 64, 3, 1, 1),
+            nn.ReLU(),
+            nn.Conv2d(64, 64, 3, 2, 1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(64 * cells, width),
+            nn.LayerNorm(width),
+        )
+
+    def forward(self, latents: Tensor) -> Tensor:
+        token: Tensor = self.net(latents)
+        return token
+
+
 class ResidualPolicy(nn.Module):
     """Trainable on top of a frozen base. Build with `from_adapters`; state statistics are buffers (`set_state_statistics`)."""
 
@@ -104,13 +126,8 @@ class ResidualPolicy(nn.Module):
 
     @classmethod
     def from_adapters(cls, settings: ResidualSettings, adapters: Adapters) -> ResidualPolicy:
-        """A fresh residual policy: zero residual, E_a and D_a from Stage 1, and its frame encoder where the width is the same."""
-        policy = cls(settings, adapters.action, adapters.decoder, adapters.settings.size)
-        shape = (adapters.settings.channels, *adapters.settings.latent_size)
-        fits = settings.vision == "latent" and shape == settings.latent_shape and adapters.settings.frame_width == settings.width
-        if fits and adapters.frame is not None:
-            policy.vision.load_state_dict(adapters.frame.state_dict())
-        return policy
+        """A fresh residual policy: zero residual, E_a and D_a from Stage 1."""
+        return cls(settings, adapters.action, adapters.decoder, adapters.settings.size)
 
     def set_state_statistics(self, mean: Tensor, std: Tensor) -> None:
         """Mean and spread (S,) of proprioception, kept with the weights."""
