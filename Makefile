@@ -1,5 +1,5 @@
 # World2Act. `make demo` and `make test` do all their own set-up.
-.PHONY: help demo test containers setup lint bench zoo skills experiments proto clean
+.PHONY: help demo test containers setup lint bench zoo libero skills experiments proto clean
 SHELL := /bin/bash
 RUN := .venv/bin/
 
@@ -9,6 +9,7 @@ help:
 	@echo "make containers  build the images, bring all up in them, break each part (needs a Docker Engine: scripts/engine.sh)"
 	@echo "make bench  every rate, one table"
 	@echo "make zoo    rebuild every shipped weight from nothing (about 90 minutes on 2 cores)"
+	@echo "make libero  weights for libero_object from nothing, then the main job on it (hours; W2A_LIBERO_ASSETS names the meshes)"
 	@echo "make skills  skill data sets of Meta-World and LIBERO from our experts, scored, and docs/skills.md (hours; resumable)"
 	@echo "make experiments  every experiment at its full size (days on 2 cores; resumable), and docs/results.md"
 	@echo "make proto  regenerate the protobuf code"
@@ -36,6 +37,18 @@ bench:
 zoo:
 	@scripts/setup.sh all
 	@OMP_NUM_THREADS=1 scripts/make_zoo.sh $(ZOO)
+
+libero: export SIMULATOR := libero
+libero: export TASKS := libero_object-*
+libero: export CAMERA_EVERY := 4
+libero: export DEMOS := data/libero_object/demos
+libero: export WORLDMODEL_EPISODES ?= 100
+libero: export WORLDMODEL_FLAGS ?= --max-horizon 32
+libero:
+	@scripts/setup.sh all
+	@scripts/setup.sh libero
+	@OMP_NUM_THREADS=1 scripts/make_zoo.sh data/libero_object/zoo
+	@W2A_SIMULATOR_NAME=libero W2A_ZOO=data/libero_object/zoo $(RUN)world2act demo --tasks 'libero_object-*' --out libero.html $(DEMO)
 
 skills:
 	@scripts/setup.sh all

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Rebuilds every shipped weight from nothing and prints the time of each part: experts -> demonstrations -> skills ->
 # VAE and world model -> base -> Stage 1. Usage: scripts/make_zoo.sh [OUT] (default: zoo; demonstrations go to data/demos)
+# Another simulator: SIMULATOR, TASKS (patterns) and CAMERA_EVERY, as `make libero` does.
 # THREADS=1 where something else runs beside it: two threads that wait for a busy core are slower than one.
 # A small trial of the same path: BASE_EPISODES=4 WORLDMODEL_EPISODES=4 VALIDATION_EPISODES=4 BASE_FLAGS="--steps 5" \
 #   WORLDMODEL_FLAGS="--vae.steps 5 --transformer.steps 5" STAGE1_FLAGS="--steps 20" DEMOS=/tmp/demos scripts/make_zoo.sh /tmp/zoo
@@ -15,7 +16,10 @@ part() { # part NAME COMMAND...
   local name=$1 started=$SECONDS; shift
   echo "== $name"; "$@"; echo "== $name: $((SECONDS - started)) s"
 }
-collect() { "$python" -m services.simulator.collect --out "$demos" --split "$1" --episodes "$2" --perturbed-share "$3" --workers 2 --resume; }
+collect() {
+  "$python" -m services.simulator.collect --simulator "${SIMULATOR:-metaworld}" ${TASKS:+--tasks $TASKS} --camera-every "${CAMERA_EVERY:-1}" \
+    --out "$demos" --split "$1" --episodes "$2" --perturbed-share "$3" --workers 2 --resume
+}
 part "demonstrations of the base" collect base "${BASE_EPISODES:-10}" 0
 part "demonstrations of world model and Stage 1" collect worldmodel "${WORLDMODEL_EPISODES:-300}" 0.5
 part "held-out demonstrations" collect validation "${VALIDATION_EPISODES:-20}" 0.5

@@ -235,12 +235,16 @@ def losses(adapters: Adapters, batch: Batch, settings: Stage1Settings, generator
 def train(
     data: Stage1Data, settings: Stage1Settings, seed: int, progress: Progress | None = None
 ) -> tuple[Adapters, list[dict[str, float]]]:
-    """Adapters trained on cached latents, and the metrics of every step. Equal data, settings and seed give equal weights."""
+    """Adapters trained on cached latents, and the metrics of every step. Equal data, settings and seed give equal weights.
+
+    How many channels latents have and how long actions are is the data's to say, not the settings'.
+    """
     generator = torch.Generator().manual_seed(seed)
     statistics = Statistics.fit(data.actions, data.mask)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        adapters = Adapters(settings.adapters, statistics, data.worldmodel_hash)
+        shapes = replace(settings.adapters, channels=data.true.shape[2], action_size=data.actions.shape[-1])
+        adapters = Adapters(shapes, statistics, data.worldmodel_hash)
     optimiser = settings.optimiser.build(adapters.parameters())
     history: list[dict[str, float]] = []
     for step in range(settings.steps):

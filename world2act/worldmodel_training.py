@@ -75,8 +75,8 @@ class TransformerSettings:
 class Settings:
     """demos: folder of <split>/<task>.hdf5; out: weights file to write, with a card <name>.md beside it; vae_from: reuse the
     VAE of this world model; split: of the demonstrations; segmented: false trains on whole episodes with their instruction
-    (Base-WM instead of Skill-WM); limit: episodes per task; threads: CPU threads; probe_steps: training of the probe that
-    measures how well latents carry actions."""
+    (Base-WM instead of Skill-WM); limit: episodes per task; max_horizon: latents ahead at most, for rollouts a whole skill;
+    threads: CPU threads; probe_steps: training of the probe that measures how well latents carry actions."""
 
     demos: Path
     out: Path
@@ -88,6 +88,7 @@ class Settings:
     segmented: bool = True
     split: Literal[Split.WORLDMODEL, Split.BASE] = Split.WORLDMODEL
     noise_scale: float = 0.0
+    max_horizon: int = 20
     precision: Precision = "auto"
     probe_steps: int = 600
     vae: VAESettings = field(default_factory=VAESettings)
@@ -274,7 +275,7 @@ def train_worldmodel(settings: Settings, progress: Progress = no_progress) -> Wo
         nonlocal clock
         times[part], clock = round(time.monotonic() - clock, 1), time.monotonic()
 
-    model = WorldModel(WorldModelConfig(noise_scale=settings.noise_scale))
+    model = WorldModel(WorldModelConfig(noise_scale=settings.noise_scale, max_horizon=settings.max_horizon))
     rows = model.config.vae.active_rows
     cut = read_cut(settings.demos, [settings.split], rows, settings.tasks, settings.limit, settings.segmented)
     held_out = read_cut(settings.demos, [Split.VALIDATION], rows, settings.tasks, segmented=settings.segmented)

@@ -7,11 +7,12 @@ it shows is kept in `<run_dir>/record.json`, from which `report.html` is drawn.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,23 +28,31 @@ from services.cli.settings import CliSettings
 from services.cli.supervisor import Supervisor, SupervisorError
 from services.runtime.artifacts import ArtifactStore
 from services.runtime.tensors import unpack_metadata
+from services.simulator.settings import SimulatorSettings
 
 TASKS = ("reach", "push", "pick-place", "drawer-open", "drawer-close", "button-press", "door-open")
 SHOWN = ("pick-place", "drawer-open", "door-open")
-"""Tasks whose imagined and executed videos the report shows."""
+"""Tasks whose imagined and executed videos the report shows; of other tasks, the first three."""
 DEMOS_PER_TASK = 2
-EVALUATION_EPISODES = 20
+NAMES = {"metaworld": "Meta-World", "libero": "LIBERO", "robocasa": "RoboCasa"}
 POSTTRAIN: dict[str, Any] = {"preset": "default", "mode": "asynchronous", "eta": 1}
 
 
 @dataclass
 class Demo:
-    """One run: its console, the gateway, and the record that grows."""
+    """One run: its console, the gateway, and the record that grows.
+
+    tasks: names, or patterns until the demonstrations are collected; trials: scenes a task in the evaluation; posttrain: fields
+    of the post-training request beside the tasks.
+    """
 
     settings: CliSettings
     console: Console
     gateway: Gateway
     stop: threading.Event
+    tasks: list[str]
+    trials: int
+    posttrain: dict[str, Any]
     record: dict[str, Any] = field(default_factory=lambda: {"cost": {}})
 
     @contextmanager
@@ -77,19 +86,22 @@ class Demo:
 
 
 def collect(demo: Demo) -> Path:
-    """Demonstrations of scenes that no training has seen, by the scripted experts."""
+    """Demonstrations of scenes that no training has seen, by the scripted experts. Patterns of tasks become the tasks' names."""
     folder = Path(demo.settings.run_dir) / "demos"
+    shutil.rmtree(folder, ignore_errors=True)
     command = [sys.executable, "-m", "services.simulator.collect", "--out", str(folder), "--split", "validation"]
-    command += ["--episodes", str(DEMOS_PER_TASK), "--workers", "2", "--tasks", *TASKS]
-    if subprocess.run(command, check=False).returncode:
+    command += ["--simulator", SimulatorSettings().simulator_name, "--episodes", str(DEMOS_PER_TASK), "--workers", "2"]
+    if subprocess.run([*command, "--tasks", *demo.tasks], check=False).returncode:
         raise CliError("the scripted experts could not collect demonstrations; the lines above say why")
+    found = [path.stem for path in sorted((folder / "validation").glob("*.hdf5"))]
+    demo.tasks = [task for task in demo.tasks if task in found] or found
     return folder / "validation"
 
 
 def segment(demo: Demo, folder: Path) -> None:
     """POST /segment with each file."""
     episodes = []
-    for task in TASKS:
+    for task in demo.tasks:
         found = work.segment(demo.gateway, demo.console, None, folder / f"{task}.hdf5", None)
         for e in found["episodes"]:
             cut = "; ".join(f"{s['prompt']} ({s['start']}-{s['end']})" for s in e["skills"])
@@ -102,7 +114,7 @@ def segment(demo: Demo, folder: Path) -> None:
 def roll_out(demo: Demo) -> None:
     """POST /rollout: imagined and executed by the base policy, from the same initial states."""
     rollouts: list[dict[str, Any]] = []
-    for task in SHOWN:
+    for task in [task for task in SHOWN if task in demo.tasks] or demo.tasks[:3]:
         body = {"task": task, "split": "posttrain", "indices": [0, 1], "mode": "both", "version": 0, "video": True}
         result, _ = demo.job("rollout", body, f"imagine and execute {task}")
         for r in result["rollouts"]:
@@ -114,7 +126,7 @@ def roll_out(demo: Demo) -> None:
 
 def post_train(demo: Demo) -> dict[str, Any]:
     """POST /posttrain: generation, execution and optimisation at the same time; no reward, no label."""
-    result, events = demo.job("posttrain", {"tasks": list(TASKS), **POSTTRAIN}, "post-train")
+    result, events = demo.job("posttrain", {"tasks": demo.tasks, **POSTTRAIN, **demo.posttrain}, "post-train")
     work.show_posttrain(result, demo.console)
     demo.record["posttrain"] = {"result": result, "events": events}
     return result
@@ -122,7 +134,7 @@ def post_train(demo: Demo) -> dict[str, Any]:
 
 def evaluate(demo: Demo, namespace: str) -> None:
     """POST /evaluate: base against post-trained on the evaluation split, matched initial states."""
-    body = {"tasks": list(TASKS), "episodes": EVALUATION_EPISODES, "namespace": namespace, "split": "evaluation"}
+    body = {"tasks": demo.tasks, "episodes": demo.trials, "namespace": namespace, "split": "evaluation"}
     result, _ = demo.job("evaluate", body, "evaluate base and post-trained policy")
     work.show_evaluation(result, demo.console)
     demo.record["evaluation"] = {"rows": result["rows"], "split": result["split"]}
@@ -164,14 +176,24 @@ def shipped_stage1(zoo: Path) -> dict[str, Any]:
     return {"history": card.get("history", []), "metrics": card.get("metrics", {})}
 
 
-def run(settings: CliSettings, out: Path = Path("report.html"), start: bool = True) -> int:
-    """The whole demo; the exit status. Every process that it started has ended when it returns. `start`: the services, too."""
+def run(
+    settings: CliSettings,
+    out: Path = Path("report.html"),
+    start: bool = True,
+    tasks: Sequence[str] = TASKS,
+    trials: int = 20,
+    posttrain: Mapping[str, Any] | None = None,
+) -> int:
+    """The whole demo; the exit status. Every process that it started has ended when it returns. `start`: the services, too.
+
+    tasks, trials, posttrain: see `Demo`.
+    """
     console = Console()
     supervisor = make_supervisor(settings) if start else None
     Path(settings.run_dir).mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     with stopping_signals() as stop, Gateway(settings) as gateway:
-        demo = Demo(settings, console, gateway, stop)
+        demo = Demo(settings, console, gateway, stop, list(tasks), trials, dict(posttrain or {}))
         demo.record["stage1"] = shipped_stage1(Path(settings.zoo))
         try:
             run_parts(demo, supervisor)
@@ -184,9 +206,9 @@ def run(settings: CliSettings, out: Path = Path("report.html"), start: bool = Tr
         finally:
             if supervisor is not None:
                 supervisor.stop()
-    minutes = (time.monotonic() - started) / 60
+    minutes, simulator = (time.monotonic() - started) / 60, SimulatorSettings().simulator_name
     demo.record["about"] = (
-        f"Meta-World, {len(TASKS)} tasks, embedded models, {minutes:.1f} minutes on this machine. "
+        f"{NAMES.get(simulator, simulator)}, {len(demo.tasks)} tasks, embedded models, {minutes:.1f} minutes on this machine. "
         "Scenes of demonstrations, post-training and evaluation are disjoint."
     )
     path = Path(settings.run_dir) / "record.json"

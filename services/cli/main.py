@@ -211,9 +211,21 @@ def report(record: Path | None = None, out: Path = Path("report.html")) -> None:
     console.print(f"{out} written")
 
 
-def demo(out: Path = Path("report.html"), start: bool = True) -> None:
-    """The main job, live: segment, imagine, roll out, post-train, evaluate, report. --no-start: on services that run already."""
-    code = importlib.import_module("services.cli.demo").run(CliSettings.load(), out, start)
+def demo(
+    out: Path = Path("report.html"),
+    start: bool = True,
+    tasks: Annotated[tuple[str, ...], arg(help="tasks or patterns such as 'libero_object-*'; none: Meta-World's seven")] = (),
+    trials: Annotated[int, arg(help="evaluation scenes a task")] = 20,
+    episodes: Annotated[int | None, arg(help="post-training episodes a task and round; none: the preset's")] = None,
+    rounds: Annotated[int | None, arg(help="on-policy rounds; none: the preset's")] = None,
+) -> None:
+    """The main job, live: segment, imagine, roll out, post-train, evaluate, report. --no-start: on services that run already.
+
+    With W2A_SIMULATOR_NAME and W2A_ZOO, in another simulator with weights made for it.
+    """
+    module = importlib.import_module("services.cli.demo")
+    asked = {name: value for name, value in (("episodes", episodes), ("rounds", rounds)) if value is not None}
+    code = module.run(CliSettings.load(), out, start, tasks or module.TASKS, trials, asked)
     if code:
         raise SystemExit(code)
 

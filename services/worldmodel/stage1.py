@@ -75,8 +75,7 @@ def run(arguments: Arguments, settings: WorldModelSettings, progress: Progress =
     data = stage1.build_data(
         model, clips(arguments.data, Split.WORLDMODEL, recipe.phases), recipe.horizon, arguments.seed, one_step
     )
-    adapters = replace(recipe.adapters, channels=backbone.info.latent_shape[0], action_size=data.actions.shape[-1])
-    recipe = replace(recipe, adapters=adapters, steps=arguments.steps or recipe.steps)
+    recipe = replace(recipe, steps=arguments.steps or recipe.steps)
     built = time.perf_counter()
     trained, history = stage1.train(data, recipe, arguments.seed, lambda i, n, values: progress("Stage 1", i, n, values))
     held = arguments.held_out or (arguments.data if (arguments.data / Split.VALIDATION.value).is_dir() else None)
