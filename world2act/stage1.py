@@ -358,7 +358,7 @@ def run(arguments: Arguments, progress: Progress | None = None) -> dict[str, Any
         "command": f"python -m world2act.stage1 --demos DEMOS --worldmodel zoo/worldmodel.safetensors --out OUT {flags}",
         "seed": seed,
         "threads": arguments.threads,
-        "settings": asdict(settings),
+        "settings": asdict(replace(settings, adapters=adapters.settings)),
         "metrics": evaluate(adapters, held_out),
         "history": [{"step": i, **{k: round(v, 5) for k, v in history[i].items()}} for i in range(0, len(history), 20)],
         "seconds": {"latents": round(built - began, 1), "training": round(time.perf_counter() - built, 1)},

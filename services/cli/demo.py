@@ -28,7 +28,6 @@ from services.cli.settings import CliSettings
 from services.cli.supervisor import Supervisor, SupervisorError
 from services.runtime.artifacts import ArtifactStore
 from services.runtime.tensors import unpack_metadata
-from services.simulator.settings import SimulatorSettings
 
 TASKS = ("reach", "push", "pick-place", "drawer-open", "drawer-close", "button-press", "door-open")
 SHOWN = ("pick-place", "drawer-open", "door-open")
@@ -90,7 +89,7 @@ def collect(demo: Demo) -> Path:
     folder = Path(demo.settings.run_dir) / "demos"
     shutil.rmtree(folder, ignore_errors=True)
     command = [sys.executable, "-m", "services.simulator.collect", "--out", str(folder), "--split", "validation"]
-    command += ["--simulator", SimulatorSettings().simulator_name, "--episodes", str(DEMOS_PER_TASK), "--workers", "2"]
+    command += ["--simulator", demo.settings.simulator_name, "--episodes", str(DEMOS_PER_TASK), "--workers", "2"]
     if subprocess.run([*command, "--tasks", *demo.tasks], check=False).returncode:
         raise CliError("the scripted experts could not collect demonstrations; the lines above say why")
     found = [path.stem for path in sorted((folder / "validation").glob("*.hdf5"))]
@@ -206,7 +205,7 @@ def run(
         finally:
             if supervisor is not None:
                 supervisor.stop()
-    minutes, simulator = (time.monotonic() - started) / 60, SimulatorSettings().simulator_name
+    minutes, simulator = (time.monotonic() - started) / 60, settings.simulator_name
     demo.record["about"] = (
         f"{NAMES.get(simulator, simulator)}, {len(demo.tasks)} tasks, embedded models, {minutes:.1f} minutes on this machine. "
         "Scenes of demonstrations, post-training and evaluation are disjoint."

@@ -31,6 +31,7 @@ class CliSettings(CommonSettings):
     gateway_token_file: Path | None = Field(None, description="file that holds the token instead")
     signing_key: SecretStr = Field(SecretStr(""), description="Ed25519 private key (PEM) that `world2act export` signs with")
     signing_key_file: Path | None = Field(None, description="file that holds the signing key instead")
+    simulator_name: str = Field("metaworld", description="which simulator: a name in services/simulator/envs")
     prometheus_port: int = Field(9090, description="where `world2act prometheus` serves")
     port_offset: int = Field(0, ge=0, le=15_000, description="`world2act` adds this to every default port, so that two can run")
     start_timeout_s: float = Field(300.0, gt=0, description="`world2act up` gives up when a service is not ready within this")

@@ -86,7 +86,7 @@ def run(arguments: Arguments, settings: WorldModelSettings, progress: Progress =
     card = {
         "what": f"Stage 1 adapters on {backbone.info.name} ({arguments.latents} latents)",
         "data": f"{len(data)} skill clips",
-        "settings": asdict(recipe),
+        "settings": asdict(replace(recipe, adapters=trained.settings)),
         "metrics": metrics,
         "loss": history[-1]["loss"],
         "seconds": {"latents": round(built - began, 1), "all": round(time.perf_counter() - began, 1)},

@@ -45,7 +45,15 @@ ELSEWHERE = {
         "libero_effects",
         "robocasa_image_size",
     },  # the image has Meta-World alone
-    "demo": {"gateway_token", "port_offset", "start_timeout_s", "signing_key", "signing_key_file", "prometheus_port"},
+    "demo": {
+        "gateway_token",
+        "port_offset",
+        "start_timeout_s",
+        "signing_key",
+        "signing_key_file",
+        "prometheus_port",
+        "simulator_name",
+    },
 }
 """Settings of a class that its container neither needs nor may change."""
 
