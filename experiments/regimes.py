@@ -10,6 +10,7 @@ Variants of any of them: Base-WM instead of Skill-WM (METHOD section 2), and Sta
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -154,8 +155,6 @@ def prepare(regime: Regime, places: Places, tasks: Sequence[str]) -> dict[str, s
 
 
 def _hash(path: Path) -> str:
-    import hashlib
-
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -182,8 +181,6 @@ def _video_rich_adapters(regime: Regime, places: Places, tasks: Sequence[str]) -
 
 def own_play(regime: Regime, places: Places, tasks: Sequence[str]) -> naming.Windows:
     """The regime's base at play, as its world model's VAE sees it; recorded once and kept."""
-    import hashlib
-
     base, model = places.part(regime, "base"), WorldModel.load(places.part(regime, "worldmodel"))
     seen_by = store.content_hash(store.to_bytes(model.vae.state_dict(), {}))
     name = hashlib.sha256(f"{_hash(base)} {seen_by} {sorted(tasks)}".encode()).hexdigest()

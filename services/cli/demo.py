@@ -6,6 +6,7 @@ it shows is kept in `<run_dir>/record.json`, from which `report.html` is drawn.
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import shutil
 import subprocess
@@ -93,7 +94,7 @@ def collect(demo: Demo) -> Path:
     if subprocess.run([*command, "--tasks", *demo.tasks], check=False).returncode:
         raise CliError("the scripted experts could not collect demonstrations; the lines above say why")
     found = [path.stem for path in sorted((folder / "validation").glob("*.hdf5"))]
-    demo.tasks = [task for task in demo.tasks if task in found] or found
+    demo.tasks = list(dict.fromkeys(task for wanted in demo.tasks for task in fnmatch.filter(found, wanted)))
     return folder / "validation"
 
 

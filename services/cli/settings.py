@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 import redis
 from pydantic import Field, SecretStr
 
-from services.runtime.settings import METRICS_PORTS, CommonSettings
+from services.runtime.settings import METRICS_PORTS, CommonSettings, read_secret
 from services.runtime.streams import connect
 
 PORTS = {
@@ -66,12 +66,7 @@ class CliSettings(CommonSettings):
 
     def _secret(self, name: str) -> str:
         file: Path | None = getattr(self, f"{name}_file")
-        if file is None:
-            return str(getattr(self, name).get_secret_value())
-        try:
-            return file.read_text().strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"{name}_file: cannot read {file}: {getattr(error, 'strerror', 'it is no text')}") from None
+        return str(getattr(self, name).get_secret_value()) if file is None else read_secret(file, f"{name}_file")
 
     def redis_address(self) -> tuple[str, int]:
         parts = urlsplit(self.redis_url)

@@ -55,6 +55,14 @@ class CommonSettings(BaseSettings):
         return self.triton_address or f"{self.host}:{self.triton_grpc_port}"
 
 
+def read_secret(file: Path, field: str) -> str:
+    """What a file holds, stripped. Raises ValueError naming `field` when it cannot be read; the text is in no error."""
+    try:
+        return file.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{field}: cannot read {file}: {getattr(error, 'strerror', 'it is no text')}") from None
+
+
 METRICS_PORTS = {
     "gateway": 9100,
     "segmenter": 9101,

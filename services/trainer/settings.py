@@ -7,7 +7,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import Field
 
-from services.runtime.settings import CommonSettings
+from services.runtime.settings import CommonSettings, read_secret
 from world2act.signature import private_key
 
 
@@ -39,10 +39,5 @@ class TrainerSettings(CommonSettings):
     def signer(self) -> Ed25519PrivateKey | None:
         """The key that bundles are signed with, or None. Raises ValueError naming `trainer_signing_key_file` for a bad one."""
         file = self.trainer_signing_key_file
-        if file is None:
-            return None
-        try:
-            return private_key(file.read_text(), "trainer_signing_key_file")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", "it is no text")
-            raise ValueError(f"trainer_signing_key_file: cannot read {file}: {reason}") from None
+        field = "trainer_signing_key_file"
+        return None if file is None else private_key(read_secret(file, field), field)

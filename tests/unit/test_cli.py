@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import threading
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import httpx
 import pytest
 from rich.console import Console
 
-from services.cli import main, settings_table, work
+from services.cli import demo, main, settings_table, work
 from services.cli.client import CliError, Gateway, parse_events
 from services.cli.processes import services_table
 from services.cli.settings import CliSettings
@@ -229,3 +231,24 @@ def test_status_table_shows_heartbeats_and_reasons() -> None:
     Console(file=out, width=120).print(services_table([row], heartbeats={"vla:0": 7.25}))
     for text in ("vla", "restarting (was ended by SIGKILL)", "2", "3.0 s", "7.2 s", "5"):
         assert text in out.getvalue()
+
+
+def test_the_demos_tasks_may_be_names_and_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def collected(command: list[str], check: bool) -> SimpleNamespace:
+        asked.append(command)
+        folder = tmp_path / "demos" / "validation"
+        assert not folder.exists(), "what an earlier run left is gone"
+        folder.mkdir(parents=True)
+        for task in ("drawer-close", "drawer-open", "reach"):
+            (folder / f"{task}.hdf5").touch()
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(demo.subprocess, "run", collected)
+    (tmp_path / "demos" / "validation").mkdir(parents=True)
+    settings: Any = SimpleNamespace(run_dir=tmp_path, simulator_name="metaworld")
+    one = demo.Demo(settings, Console(), cast(Any, None), threading.Event(), ["reach", "drawer-*"], 2, {})
+    demo.collect(one)
+    assert one.tasks == ["reach", "drawer-close", "drawer-open"]
+    assert asked[0][-3:] == ["--tasks", "reach", "drawer-*"] and "metaworld" in asked[0]

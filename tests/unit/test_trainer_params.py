@@ -17,6 +17,7 @@ from services.trainer.episode import Perturbation, closed_loop, closed_loop_star
 from services.trainer.params import EvaluateParams, PosttrainParams, parse
 from services.trainer.posttrain import stage2_settings
 from services.trainer.rollouts import planned_skills
+from services.trainer.settings import TrainerSettings
 from services.trainer.stage1 import inside
 from world2act.presets import STAGE2
 from world2act.schedule import perturbation, plan
@@ -137,3 +138,13 @@ def test_overlap_of_parts() -> None:
     found = timeline.summary({"execution": [(0, 4), (0, 4)], "optimisation": [(2, 6)]}, 6.0)
     assert found["overlap"] == round(8 / 6, 3) and found["worker_seconds"] == {"execution": 8, "optimisation": 4}
     assert found["seconds"] == {"execution": 4, "optimisation": 4, "wall": 6.0}
+
+
+def test_a_signing_key_that_is_none_is_named(tmp_path: Path) -> None:
+    assert TrainerSettings().signer() is None
+    with pytest.raises(ValueError, match=r"trainer_signing_key_file: cannot read .*none.pem: No such file"):
+        TrainerSettings(trainer_signing_key_file=tmp_path / "none.pem").signer()
+    (tmp_path / "bad.pem").write_text("hunter2")
+    with pytest.raises(ValueError, match="trainer_signing_key_file: holds no private key") as caught:
+        TrainerSettings(trainer_signing_key_file=tmp_path / "bad.pem").signer()
+    assert "hunter2" not in str(caught.value)
