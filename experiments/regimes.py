@@ -21,6 +21,7 @@ import torch
 
 from experiments import naming
 from experiments.arena import Arena
+from experiments.naming import Windows
 from world2act import behaviour_cloning, stage1, worldmodel_training
 from world2act.data import robomimic
 from world2act.data.clips import cut_clips
@@ -31,6 +32,7 @@ from world2act.models.worldmodel import WorldModel
 from world2act.presets import STAGE1, Preset, Stage1Settings
 from world2act.segmentation import Segmentation
 from world2act.splits import Split
+from world2act.stage1 import Stage1Data
 from world2act.types import Clip, Episode, M, Skill
 
 Kind = Literal["shipped", "video-rich", "matched"]
@@ -149,8 +151,7 @@ def prepare(regime: Regime, places: Places, tasks: Sequence[str]) -> dict[str, s
     if "worldmodel" in missing:
         _train_worldmodel(regime, places, tasks, places.part(regime, "worldmodel"))
     if missing and lacking(regime, places):
-        build = _video_rich_adapters if regime.kind == "video-rich" else _labelled_adapters
-        build(regime, places, tasks).save(places.part(regime, "adapters"), {"regime": regime.name})
+        _train_adapters(regime, places, tasks).save(places.part(regime, "adapters"), {"regime": regime.name})
     return {name: _hash(places.part(regime, name)) for name in PARTS}
 
 
@@ -165,21 +166,51 @@ def _cut(regime: Regime, episodes: Iterable[Episode], phases: Sequence[int]) -> 
         yield from cut_clips(episode, None if regime.worldmodel == "skill" else Segmentation((whole,), None, (), ()), phases)
 
 
-def _video_rich_adapters(regime: Regime, places: Places, tasks: Sequence[str]) -> Adapters:
-    """Name the actions of the video from few labels and own play, then Stage 1 on the demonstrations and the named video."""
+def stage1_data(regime: Regime, places: Places, tasks: Sequence[str]) -> Stage1Data:
+    """What Stage 1 of the regime learns from. video-rich: the demonstrations, and video named from them and the robot's own play;
+    matched: the demonstrations; shipped: every labelled demonstration of split worldmodel."""
     settings, seed = STAGE1[regime.stage1], 0
     model = WorldModel.load(places.part(regime, "worldmodel"))
-    demonstrations = few(places, tasks, regime.demonstrations)
+    plenty = robomimic.read_root(places.demos, allowed=[Split.WORLDMODEL], tasks=tasks)
+    demonstrations = [] if regime.kind == "shipped" else few(places, tasks, regime.demonstrations)
+    known = list(_cut(regime, demonstrations, _phases(settings)))
+    more = () if regime.kind == "matched" else _cut(regime, plenty, _phases(settings))
+    data = stage1.build_data(model, itertools.chain(known, more), settings.horizon, seed)
+    if regime.kind != "video-rich":
+        return data
     labelled = naming.windows(model, map(naming.film_of, demonstrations))
     pools = [(own_play(regime, places, tasks), PLAY_SHARE), (labelled, 1.0 - PLAY_SHARE)]
     inverse = naming.fit(pools, STAGE1["default"].latent_noise, seed)
-    known = list(_cut(regime, demonstrations, _phases(settings)))
-    video = _cut(regime, robomimic.read_root(places.demos, allowed=[Split.WORLDMODEL], tasks=tasks), _phases(settings))
-    data = stage1.build_data(model, itertools.chain(known, video), settings.horizon, seed)
-    return stage1.train(stage1.name_actions(inverse.read, data, keep=slice(len(known))), settings, seed)[0]
+    return stage1.name_actions(inverse.read, data, keep=slice(len(known)))
 
 
-def own_play(regime: Regime, places: Places, tasks: Sequence[str]) -> naming.Windows:
+def _train_adapters(regime: Regime, places: Places, tasks: Sequence[str]) -> Adapters:
+    data = stage1_data(regime, places, tasks)
+    _keep(data, _kept(regime, places))
+    return stage1.train(data, STAGE1[regime.stage1], 0)[0]
+
+
+def stage1_windows(regime: Regime, places: Places, tasks: Sequence[str]) -> tuple[Windows, Windows]:
+    """`stage1_data` as pairs, for who learns from the same: encoded video, and the world model's. Computed once and kept."""
+    path = _kept(regime, places)
+    if not path.exists():
+        _keep(stage1_data(regime, places, tasks), path)
+    return Windows.load(path), Windows.load(path.with_stem(f"{path.stem}-predicted"))
+
+
+def _kept(regime: Regime, places: Places) -> Path:
+    of = " ".join(_hash(places.part(regime, name)) for name in ("base", "worldmodel"))
+    return places.cache / regime.name / f"seen-{hashlib.sha256(of.encode()).hexdigest()[:16]}.safetensors"
+
+
+def _keep(data: Stage1Data, path: Path) -> None:
+    true, predicted, chunks, mask, intended = data.pairs()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Windows(predicted[intended], chunks[intended]).save(path.with_stem(f"{path.stem}-predicted"))
+    Windows(true[mask], chunks[mask]).save(path)  # last: its presence says that both are whole
+
+
+def own_play(regime: Regime, places: Places, tasks: Sequence[str]) -> Windows:
     """The regime's base at play, as its world model's VAE sees it; recorded once and kept."""
     base, model = places.part(regime, "base"), WorldModel.load(places.part(regime, "worldmodel"))
     seen_by = store.content_hash(store.to_bytes(model.vae.state_dict(), {}))
@@ -191,23 +222,11 @@ def own_play(regime: Regime, places: Places, tasks: Sequence[str]) -> naming.Win
         found = naming.windows(model, naming.play(arena, policy, tasks))
         arena.close()
         found.save(path)
-    return naming.Windows.load(path)
+    return Windows.load(path)
 
 
 def _phases(settings: Stage1Settings) -> range:
     return range(0, M, max(1, M // settings.phases))
-
-
-def _labelled_adapters(regime: Regime, places: Places, tasks: Sequence[str]) -> Adapters:
-    """Stage 1 on the demonstrations with their labels: matched, and shipped with other parts than those of the zoo."""
-    settings = STAGE1[regime.stage1]
-    model = WorldModel.load(places.part(regime, "worldmodel"))
-    if regime.kind == "shipped":
-        episodes: Iterable[Episode] = robomimic.read_root(places.demos, allowed=[Split.WORLDMODEL], tasks=tasks)
-    else:
-        episodes = few(places, tasks, regime.demonstrations)
-    clips = _cut(regime, episodes, _phases(settings))
-    return stage1.train(stage1.build_data(model, clips, settings.horizon, 0), settings, 0)[0]
 
 
 def _train_worldmodel(regime: Regime, places: Places, tasks: Sequence[str], out: Path) -> None:

@@ -16,7 +16,7 @@ from experiments.arena import Arena, Policy
 from experiments.cells import Cell, processes
 from experiments.methods import METHODS
 from experiments.methods.base import Parts
-from experiments.regimes import Places, Regime, labels, lacking, own_play, prepare
+from experiments.regimes import Places, Regime, labels, lacking, own_play, prepare, stage1_windows
 from world2act.console import Progress, no_progress
 from world2act.evaluation import Outcome
 from world2act.models.adapters import Adapters
@@ -160,12 +160,13 @@ def compute(cell: Cell, places: Places) -> dict[str, Any]:
         base,
         model,
         adapters,
-        lambda: labels(regime, places, tasks),
+        lambda: labels(regime, places, TASKS),
+        lambda: stage1_windows(regime, places, TASKS),
         tuple(what.get("train_tasks", tasks)),
         stage2_of(what["stage2"]) if what["stage2"] else STAGE2["default"],
         cell.seed,
         arena,
-        lambda: own_play(regime, places, tasks) if regime.kind == "video-rich" else None,
+        lambda: own_play(regime, places, TASKS) if regime.kind == "video-rich" else None,
         lambda name, value: notes.__setitem__(name, round(value, 5)),
     )
     if what.get("every_round"):

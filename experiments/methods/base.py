@@ -26,6 +26,7 @@ class Parts:
     """Everything a method may use. All are frozen; a method that trains one of them trains a copy.
 
     labels: the labelled demonstrations of the regime, already read: the base's own, and every one that another part has seen.
+    seen: what Stage 1 has learned from as pairs of encoded video and of the world model's, named video too.
     play: what the adapters have seen of the robot's own motion beside them, or None.
     settings: preset of Stage 2; its plan is the budget: every method runs the same number of episodes of split posttrain.
     seed: training seed, also the seed of `schedule.plan`, so that all methods meet the same scenes.
@@ -37,6 +38,7 @@ class Parts:
     model: WorldModel
     adapters: Adapters
     labels: Callable[[], Sequence[Episode]]
+    seen: Callable[[], tuple[Windows, Windows]]
     tasks: tuple[str, ...]
     settings: Stage2Settings
     seed: int

@@ -11,24 +11,16 @@ from experiments.arena import Policy, Run
 from experiments.methods.base import Parts
 from experiments.methods.residual import post_train
 from experiments.naming import InverseDynamics
-from world2act import stage1
-from world2act.data.clips import cut_clips
 from world2act.presets import STAGE1
 from world2act.stage2 import Targets
-from world2act.types import M
 
 
 def fit(parts: Parts) -> InverseDynamics:
-    """On all that shows actions: labelled demonstrations, true and predicted latents in equal parts, and play if any."""
-    settings = STAGE1["default"]
-    phases = range(0, M, max(1, M // settings.phases))
-    clips = (clip for episode in parts.labels() for clip in cut_clips(episode, phases=phases))
-    data = stage1.build_data(parts.model, clips, settings.horizon, parts.seed)
-    chunks = data.actions[data.mask]
-    true, predicted = (naming.Windows(latents[:, 1:][data.mask], chunks) for latents in (data.true, data.predicted))
+    """On what Stage 1 has seen, named video too, true and predicted latents in equal parts; and on play if there is any."""
+    true, predicted = parts.seen()
     own = parts.play()
     pools = [(true, 0.5), (predicted, 0.5)] if own is None else [(own, 0.25), (true, 0.25), (predicted, 0.5)]
-    return naming.fit(pools, settings.latent_noise, parts.seed, parts.adapters.actions)
+    return naming.fit(pools, STAGE1["default"].latent_noise, parts.seed, parts.adapters.actions)
 
 
 def train(parts: Parts) -> Policy:

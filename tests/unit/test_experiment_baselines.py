@@ -16,6 +16,7 @@ from experiments.arena import Policy, Run
 from experiments.methods import METHODS, action_worldmodel, ctrl_world, lora, vla_rft
 from experiments.methods.action_worldmodel import Imagined, Transitions
 from experiments.methods.base import Frozen, Parts, WithResidual
+from experiments.naming import Windows
 from world2act import schedule
 from world2act.models.adapters import Adapters, AdapterSettings
 from world2act.models.tiny_policy import TinyPolicy, TinyPolicyConfig
@@ -288,10 +289,11 @@ def parts(base: TinyPolicy, model: WorldModel, adapters: Adapters, monkeypatch: 
     monkeypatch.setattr(ctrl_world, "cloning_steps", lambda episodes: 2)
     monkeypatch.setattr(vla_rft.train, "__defaults__", (vla_rft.Settings(starts=2, group=3, horizon=2),))
     arena: Any = FakeArena(np.full(4, 0.5, np.float32))
-    return Parts(base, model, adapters, demonstrations, TASKS, SETTINGS, 0, arena)
+    shown = Windows(torch.randn(20, *model.config.vae.latent_shape).half(), torch.rand(20, 4, 4) * 2 - 1)
+    return Parts(base, model, adapters, demonstrations, lambda: (shown, shown), TASKS, SETTINGS, 0, arena)
 
 
-@pytest.mark.parametrize("name", ["vla-rft", "ctrl-world", "lora-16", "lora-32"])
+@pytest.mark.parametrize("name", ["inverse-dynamics", "vla-rft", "ctrl-world", "lora-16", "lora-32"])
 def test_a_method_runs_from_end_to_end_on_the_plans_scenes(parts: Parts, name: str) -> None:
     notes: dict[str, float] = {}
     rounds: list[int] = []
@@ -314,4 +316,4 @@ def test_a_method_runs_from_end_to_end_on_the_plans_scenes(parts: Parts, name: s
         return
     assert rounds == [0, 1] and torch.equal(chunk, expected)
     assert {version for _, index, version in own} == {0, 1}, "round 1 is executed with the policy of round 0"
-    assert isinstance(policy, WithResidual if name == "vla-rft" else lora.WithLora) and policy.version == 2
+    assert isinstance(policy, lora.WithLora if name.startswith("lora") else WithResidual) and policy.version == 2

@@ -96,6 +96,20 @@ def test_actions_named_from_video_replace_the_labels() -> None:
     assert torch.equal(partly.rows(slice(5)).actions, hidden.actions[:5]) and len(partly.rows(slice(5))) == 5
 
 
+def test_what_stage_1_has_seen_is_kept_for_who_learns_from_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places, regime, data = Places(cache=tmp_path, zoo=tmp_path / "zoo"), Regime("video-rich", 4), known_world(clips=5)
+    data = replace(data, intended=data.mask & (torch.rand(data.mask.shape) < 0.5))
+    for name in ("base", "worldmodel"):
+        places.part(regime, name).parent.mkdir(exist_ok=True)
+        places.part(regime, name).write_bytes(name.encode())
+    monkeypatch.setattr(regimes, "stage1_data", lambda *_: data)
+    true, predicted = regimes.stage1_windows(regime, places, ["reach"])
+    assert torch.equal(true.latents, data.true[:, 1:][data.mask]) and torch.equal(true.chunks, data.actions[data.mask])
+    assert torch.equal(predicted.latents, data.predicted[:, 1:][data.intended]), "what nobody intended, no model predicts"
+    monkeypatch.setattr(regimes, "stage1_data", None)
+    assert torch.equal(regimes.stage1_windows(regime, places, ["reach"])[0].latents, true.latents), "computed once"
+
+
 def test_play_is_the_base_and_random_motion_in_spans() -> None:
     base = TinyPolicy(TinyPolicyConfig(channels=(4, 4, 4), hidden=16, text_width=8)).eval()
     frames, states = torch.zeros((2, 128, 128, 3), dtype=torch.uint8), torch.zeros(2, 4)
