@@ -15,7 +15,7 @@ from world2act import schedule
 from world2act.data.grid import stitch
 from world2act.evaluation import Outcome
 from world2act.schedule import EpisodeSpec
-from world2act.segmentation import OnlineSkill, RuleBasedPlanner
+from world2act.segmentation import OnlineSkill, RuleBasedPlanner, load_schemas
 from world2act.splits import Split, scene_seed
 from world2act.types import FloatArray, ImageArray, Trajectory
 
@@ -56,6 +56,7 @@ class _Lane:
 
     place: int
     spec: EpisodeSpec
+    instruction: str
     skill: OnlineSkill
     prompt: str
     image: ImageArray
@@ -149,11 +150,12 @@ class Arena:
         spec = specs[place]
         task = self.spec.task(spec.task)
         first: Observation = self.environment(spec.task).reset(spec.task, scene_seed(split, spec.index))
-        skill = OnlineSkill(self._planner.plan(task.instruction, task.name))
-        prompt = skill.update(float(first.state[self.spec.gripper_width_index])) if self.segmented else task.instruction
+        hand = load_schemas().calibration_of(self.simulator, self.spec.gripper_open_width)
+        skill = OnlineSkill(self._planner.plan(first.instruction, task.name), hand)
+        prompt = skill.update(float(first.state[self.spec.gripper_width_index])) if self.segmented else first.instruction
         grid = stitch(first.images, self.cells)
         offsets = schedule.perturbation(spec, task.max_chunks, self.spread)
-        lane = _Lane(place, spec, skill, prompt, self._seen(grid, spec, 0), first.state, offsets)
+        lane = _Lane(place, spec, first.instruction, skill, prompt, self._seen(grid, spec, 0), first.state, offsets)
         if film:
             lane.film.append(grid)  # undistorted, as every later frame of it
         return lane
@@ -164,7 +166,7 @@ class Arena:
     def _act(self, policy: Policy, lanes: Sequence[_Lane]) -> tuple[FloatArray, FloatArray]:
         frames = torch.from_numpy(np.stack([lane.image for lane in lanes]))
         states = torch.from_numpy(np.stack([lane.state for lane in lanes]))
-        instructions = [self.spec.task(lane.spec.task).instruction for lane in lanes]
+        instructions = [lane.instruction for lane in lanes]
         base, combined = policy.act(frames, states, instructions, [lane.prompt for lane in lanes])
         return base.numpy(), combined.numpy()
 
@@ -184,7 +186,8 @@ class Arena:
         lane.executed.append(executed)
         lane.prompts.append(lane.prompt)
         result = self.environment(lane.spec.task).step(executed, "all" if film else "last")
-        grids = [stitch({n: v[i] for n, v in result.images.items()}, self.cells) for i in range(len(result.images["primary"]))]
+        count = len(next(iter(result.images.values())))
+        grids = [stitch({name: frames[i] for name, frames in result.images.items()}, self.cells) for i in range(count)]
         if film:
             lane.film += grids
         lane.success |= result.success
@@ -205,7 +208,7 @@ class Arena:
             base=np.stack(lane.base),
             executed=np.stack(lane.executed),
             prompts=tuple(lane.prompts),
-            instruction=self.spec.task(lane.spec.task).instruction,
+            instruction=lane.instruction,
             key=lane.spec.key,
         )
         expert = np.stack(lane.expert) if lane.expert else None

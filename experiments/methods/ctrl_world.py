@@ -26,7 +26,7 @@ from experiments.regimes import cloning_steps
 from world2act import behaviour_cloning, schedule
 from world2act.behaviour_cloning import Samples
 from world2act.models.tiny_policy import TinyPolicy
-from world2act.segmentation import OnlineSkill, RuleBasedPlanner
+from world2act.segmentation import OnlineSkill, RuleBasedPlanner, load_schemas
 from world2act.splits import Split
 from world2act.types import M, Trajectory
 
@@ -63,7 +63,8 @@ def roll_out(parts: Parts, world: World, scenes: Sequence[Trajectory], generator
     rows = [scene for scene in scenes for _ in range(ROLLOUTS)]
     length = max(len(scene.frames) for scene in scenes)
     spec, actions, planner = parts.arena.spec, parts.adapters.actions, RuleBasedPlanner()
-    skills = [OnlineSkill(planner.plan(row.instruction, row.task), stride=M) for row in rows]
+    hand = load_schemas().calibration_of(parts.arena.simulator, spec.gripper_open_width)
+    skills = [OnlineSkill(planner.plan(row.instruction, row.task), hand, stride=M) for row in rows]
     instructions = [row.instruction for row in rows]
     noise = offsets(len(rows), length, len(actions.mean), generator) * actions.std
     frames = torch.from_numpy(np.stack([row.frames[0] for row in rows]))

@@ -140,7 +140,7 @@ def record(env: base.Environment, task: str, split: Split, index: int, noise: fl
         task=task,
         split=split.value,
         index=index,
-        instruction=spec.task(task).instruction,
+        instruction=observation.instruction,
         images={name: np.stack(frames) for name, frames in images.items()},
         states=stacked,
         widths=stacked[:, spec.gripper_width_index],

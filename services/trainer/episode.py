@@ -19,7 +19,7 @@ from services.runtime.artifacts import ArtifactStore, content_key
 from services.runtime.messages import ImagineRequest, RolloutRequest, RolloutResult, SkillPrompt
 from services.trainer.doors import Policy, Simulator
 from world2act.data.video import encode_mp4
-from world2act.segmentation import GripperCalibration, OnlineSkill, RuleBasedPlanner, load_schemas
+from world2act.segmentation import OnlineSkill, RuleBasedPlanner, load_schemas
 from world2act.types import FloatArray, ImageArray
 
 PERTURBED_AXES = 3
@@ -67,13 +67,6 @@ class Perturbation:
         return np.clip(chunk + offset, low, high).astype(np.float32)
 
 
-def calibration(spec: Any) -> GripperCalibration:
-    """Gripper thresholds of the simulator behind `spec` (DescribeReply): its hand's in schemas.json, else by its open width."""
-    if (hand := load_schemas().hand(spec.simulator)) is not None:
-        return load_schemas().calibration(hand)
-    return GripperCalibration(spec.gripper_open_width, 0.45 * spec.gripper_open_width, 0.3 * spec.gripper_open_width)
-
-
 def run_episode(
     request: RolloutRequest, simulator: Simulator, policy: Policy, version: int, std: FloatArray, wait: float
 ) -> Recorded:
@@ -87,7 +80,8 @@ def run_episode(
     recorded = Recorded(version=version, video_rows=simulator.used_rows)
     state, recorded.instruction = simulator.reset(request.task, request.split, request.index, wait)
     width = simulator.spec.gripper_width_index
-    online = OnlineSkill(RuleBasedPlanner().plan(recorded.instruction, request.task), calibration(simulator.spec))
+    hand = load_schemas().calibration_of(simulator.spec.simulator, simulator.spec.gripper_open_width)
+    online = OnlineSkill(RuleBasedPlanner().plan(recorded.instruction, request.task), hand)
     prompt = online.update([max(float(state[width]), 0.0)])
     perturb = Perturbation(request.seed, request.noise, std)
     grid = simulator.grid()

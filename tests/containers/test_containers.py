@@ -19,6 +19,7 @@ import httpx
 import pytest
 
 from tests.containers.conftest import COMPOSE, ROOT, STARTED, System, run_job, say, wait_until
+from tests.integration.test_monitoring import panels, rules
 from tests.processes import free_port
 from world2act import __version__
 
@@ -98,6 +99,22 @@ def test_prometheus_scrapes_every_target(system: System) -> None:
     wait_until(all_up, 90, "every service is scraped")
 
 
+def test_every_panel_and_rule_has_data(system: System) -> None:
+    with system.gateway() as client:
+        job = run_job(client, "posttrain", {"tasks": ["reach"], "rounds": 1, "episodes": 2, "steps": 20}, 600)
+        assert job["status"] == "succeeded", job
+    asked = [*panels(), *rules()]
+
+    def empty() -> list[str]:
+        found = ((name, system.query(expression)) for name, expression in asked)
+        return [name for name, rows in found if all(row["value"][1] == "NaN" for row in rows)]
+
+    if missing := empty():
+        asked = [(name, expression) for name, expression in asked if name in missing]
+        wait_until(lambda: not empty(), 180, f"these answer too: {missing}")
+    say(f"{len([*panels()])} panels and {len([*rules()])} rules answer")
+
+
 def test_more_simulators_are_found_and_used(system: System) -> None:
     system.compose("scale", "--no-deps", "simulator=2")
     wait_until(system.healthy, 300, "the new simulator is healthy")
@@ -175,6 +192,19 @@ def test_a_lost_service_is_named_and_comes_back(system: System, service: str, fa
         wait_until(system.healthy, 180, "all healthy again")
         reply = client.post("/segment", json={"instruction": f"open the drawer and {service} {fault.__name__}"[:60]})
         assert reply.status_code == 200, reply.text
+
+
+def test_an_alert_names_the_lost_service(system: System) -> None:
+    def firing(alert: str) -> bool:
+        return bool(system.query(f'ALERTS{{alertname="{alert}", job="vla", alertstate="firing"}}'))
+
+    undo = stop(system, "vla")
+    try:
+        wait_until(lambda: firing("TargetDown"), 240, "Prometheus fires TargetDown for vla")
+    finally:
+        undo()
+    wait_until(lambda: not firing("TargetDown"), 120, "the alert ends")
+    wait_until(system.healthy, 180, "all healthy again")
 
 
 def test_work_goes_on_after_all_faults(system: System) -> None:

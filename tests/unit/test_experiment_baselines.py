@@ -255,7 +255,8 @@ class FakeArena:
     spread: np.ndarray
     segmented: bool = True
     executed: list[tuple[str, int, int]] = field(default_factory=list)
-    spec: Any = field(default_factory=lambda: SimpleNamespace(gripper_width_index=3))
+    spec: Any = field(default_factory=lambda: SimpleNamespace(gripper_width_index=3, gripper_open_width=0.09))
+    simulator: str = "metaworld"
 
     def run(
         self, specs: Sequence[EpisodeSpec], policy: Policy, split: Split = Split.POSTTRAIN, *, film: bool = False, **_: bool

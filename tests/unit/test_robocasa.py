@@ -8,11 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
+from experiments.arena import Arena
+from services.simulator import collect
 from services.simulator.envs import base, robocasa
 from tests.stand_ins import packages
 from world2act.data import robocasa as data
 from world2act.data.grid import stitch
+from world2act.schedule import EpisodeSpec
 from world2act.segmentation import load_schemas
 from world2act.splits import Split, scene_seed
 
@@ -126,6 +131,26 @@ def test_words_differ_from_scene_to_scene_and_success_is_the_simulators(env: rob
         if success:
             break
     assert success
+
+
+def test_every_scene_is_told_in_its_own_words(env: robocasa.KitchenEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, told = TASKS[env.simulator], []
+
+    class Standing:
+        version = 0
+
+        def act(self, frames: Tensor, states: Tensor, instructions: list[str], prompts: list[str]) -> tuple[Tensor, Tensor]:
+            told.extend(instructions)
+            return torch.zeros(1, 4, 12), torch.zeros(1, 4, 12)
+
+    monkeypatch.setitem(robocasa.LIMITS if env.simulator == "robocasa" else robocasa.LIMITS_365, task, 4)
+    arena = Arena(np.ones(12, np.float32), env.simulator)
+    runs = arena.run([EpisodeSpec(0, task, i, 0.0, str(i)) for i in range(4)], Standing(), Split.TUNING)
+    arena.close()
+    assert [run.trajectory.instruction for run in runs] == told == [env.reset(task, TUNING + i).instruction for i in range(4)]
+    assert len(set(told)) > 1
+    monkeypatch.setattr(env, "expert_action", lambda: np.zeros(12, np.float32))
+    assert collect.record(env, task, Split.TUNING, 1).instruction == told[1]
 
 
 def test_numpys_generator_is_left_as_it_was(env: robocasa.KitchenEnvironment) -> None:

@@ -112,6 +112,12 @@ class SchemaTable:
         name = HANDS.get(robot, robot)
         return name if name in self.calibrations else None
 
+    def calibration_of(self, robot: str, open_width_m: float) -> GripperCalibration:
+        """The calibration of the hand of a robot or simulator; of one that is not known, by how wide it opens."""
+        if (hand := self.hand(robot)) is not None:
+            return self.calibration(hand)
+        return GripperCalibration(open_width_m, 0.45 * open_width_m, 0.3 * open_width_m)
+
     def match(self, instruction: str) -> TaskSchema | None:
         """The row that `instruction` names, or the first whose pattern is all of it; prompts filled. None if there is none."""
         text = re.sub(r"(?:,| and then | then )[ ,]*(?:and |then )*", " then ", normalise(instruction)).replace("  ", " ")
