@@ -68,12 +68,12 @@ def rate(work: Callable[[], int], seconds: float = 0.5) -> float:
     return best
 
 
-def demonstration_file(path: Path, series: list[npt.NDArray[np.float64]], size: int = 64) -> None:
+def demonstration_file(path: Path, series: list[npt.NDArray[np.float64]], size: int = 64, instruction: str = LIBERO) -> None:
     """LIBERO's layout: two uncompressed cameras of size x size pixels, one demonstration for each series."""
     with h5py.File(path, "w") as file:
         data = file.create_group("data")
-        data.attrs["problem_info"] = json.dumps({"language_instruction": LIBERO})
-        data.attrs["bddl_file_name"] = f"{LIBERO_NAME}.bddl"
+        data.attrs["problem_info"] = json.dumps({"language_instruction": instruction})
+        data.attrs["bddl_file_name"] = f"LIVING_ROOM_SCENE2_{instruction.replace(' ', '_')}.bddl"
         noise = np.random.default_rng(0).integers(0, 256, (FRAMES, size, size, 3), np.uint8)
         for i, w in enumerate(series):
             demo = data.create_group(f"demo_{i}")
