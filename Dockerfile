@@ -41,7 +41,7 @@ LABEL org.opencontainers.image.vendor="World2Act" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.documentation="docs/design.md"
 RUN useradd --uid 10001 --no-create-home --home-dir /tmp world2act \
-    && install -d -o world2act -g world2act /var/lib/world2act/artifacts /var/lib/world2act/data /var/lib/world2act-token
+    && install -d -o world2act -g world2act /var/lib/world2act /var/lib/world2act/artifacts /var/lib/world2act/data /var/lib/world2act-token
 COPY containers/healthy /usr/local/bin/
 ENV PATH=/opt/venv/bin:${PATH} \
     HOME=/tmp \

@@ -37,12 +37,12 @@ class Engine:
     env: dict[str, str] = field(default_factory=dict)
 
     def docker(
-        self, *arguments: str, stdin: IO[bytes] | None = None, timeout: float = 120, cwd: Path | None = None, **env: str
+        self, *arguments: str, stdin: IO[bytes] | bytes = b"", timeout: float = 120, cwd: Path | None = None, **env: str
     ) -> str:
         """Standard output of a docker command. Raises DockerError."""
         done = subprocess.run(
             ["docker", *arguments],
-            stdin=stdin or subprocess.DEVNULL,
+            **({"input": stdin} if isinstance(stdin, bytes) else {"stdin": stdin}),  # type: ignore[call-overload]
             capture_output=True,
             env=os.environ | self.env | env,
             timeout=timeout,
