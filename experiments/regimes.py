@@ -232,7 +232,8 @@ def _phases(settings: Stage1Settings) -> range:
 def _train_worldmodel(regime: Regime, places: Places, tasks: Sequence[str], out: Path) -> None:
     """The whole recipe. matched: on the regime's own demonstrations, VAE too. Base-WM: with the VAE of its Skill-WM."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    settings = worldmodel_training.Settings(places.demos, out, tasks=tuple(tasks))
+    partial = out.with_stem(f"{out.stem}-partial")  # training saves what it has: a stopped one must not pass for a whole one
+    settings = worldmodel_training.Settings(places.demos, partial, tasks=tuple(tasks))
     if regime.kind == "matched":
         settings = replace(settings, split=Split.BASE, limit=regime.demonstrations)
     if regime.worldmodel == "base":
@@ -241,3 +242,4 @@ def _train_worldmodel(regime: Regime, places: Places, tasks: Sequence[str], out:
             _train_worldmodel(replace(regime, worldmodel="skill"), places, tasks, skill)
         settings = replace(settings, segmented=False, vae_from=skill)
     worldmodel_training.train_worldmodel(settings)
+    partial.replace(out)

@@ -14,9 +14,8 @@ from experiments.naming import InverseDynamics
 from world2act.presets import STAGE1
 from world2act.stage2 import Targets
 
-
 STEPS = 3000
-"""Explains 0.854 of held-out experts' actions from the world model's latents, 1,200 steps 0.843; D_a(E_v) 0.856 (decision 041)."""
+"""Explains 0.854 of held-out experts' actions from imagined latents, 1,200 steps 0.843; D_a(E_v) 0.856 (decision 041)."""
 
 
 def fit(parts: Parts) -> InverseDynamics:

@@ -8,6 +8,8 @@ the model behind W2A_LLM_* (judge.py), the paper's protocol: 100 pick-and-place 
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,7 +178,9 @@ def main() -> None:
         content: list[dict[str, Any]] = [{**vars(row), "verdict": row.verdict and vars(row.verdict)} for row in rows]
         arguments.json.write_text(json.dumps(content, indent=2) + "\n")
     if arguments.markdown:
-        arguments.markdown.write_text(markdown(rows))
+        command = shlex.join(["world2act", "evaluate-worldmodel", *sys.argv[1:]])
+        head = f"# World models on held-out clips\n\nWritten by `{command}`; not edited by hand.\n\n"
+        arguments.markdown.write_text(head + markdown(rows))
 
 
 if __name__ == "__main__":

@@ -49,10 +49,18 @@ def test_base_wm_is_trained_on_whole_episodes_with_the_vae_of_its_skill_wm(
     (tmp_path / "zoo" / "worldmodel.safetensors").touch()
     for regime in (Regime("video-rich", 4, "base"), Regime("matched", 10, "base")):
         regimes._train_worldmodel(regime, places, ["reach"], places.part(regime, "worldmodel"))
+        assert places.part(regime, "worldmodel").exists()
     rich, skill, matched = trained
+    assert not {settings.out for settings in trained} & set(tmp_path.rglob("*.safetensors")), (
+        "half-trained weights have a name of their own"
+    )
     assert not rich.segmented and rich.vae_from == tmp_path / "zoo" / "worldmodel.safetensors" and rich.split == Split.WORLDMODEL
     assert skill.segmented and skill.vae_from is None and (skill.split, skill.limit) == (Split.BASE, 10)
-    assert not matched.segmented and matched.vae_from == skill.out and (matched.split, matched.limit) == (Split.BASE, 10)
+    assert (
+        not matched.segmented
+        and matched.vae_from == places.part(Regime("matched", 10), "worldmodel")
+        and (matched.split, matched.limit) == (Split.BASE, 10)
+    )
 
 
 def test_base_wm_is_asked_with_the_instruction() -> None:
