@@ -205,8 +205,8 @@ EXPERIMENTS: dict[str, Experiment] = {
     "main": Experiment(
         "Main result (paper Table 1)",
         "The base before and after post-training with preset `default`: new scenes, no reward, no expert action in Stage 2. In "
-        "`imagination` its targets act themselves, which needs the world model at every chunk. more-cloning is the base trained on "
-        "the labels that Stage 1 of the shipped weights has seen, 304 demonstrations a task.",
+        "`imagination` its targets act themselves, which needs the world model at every chunk. more-cloning is the base trained "
+        "on the labels that Stage 1 of the shipped weights has seen, 304 demonstrations a task.",
         _main,
     ),
     "methods": Experiment(
