@@ -59,9 +59,8 @@ def run() -> list[dict[str, object]]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         settings = settings_in(folder)
-        answers = http_ready(
-            f"http://{settings.host}:{settings.gateway_port}/healthz"
-        )  # /readyz waits for services left out here
+        # Not /readyz, which waits for services that are left out here.
+        answers = http_ready(f"http://{settings.host}:{settings.gateway_port}/healthz")
         specs = [spec for spec in service_specs(settings) if spec.name in SERVICES]
         specs = [replace(spec, ready=answers) if spec.name == "gateway" else spec for spec in specs]
         with Supervisor(specs, folder / "run", start_timeout_s=120) as supervisor:
