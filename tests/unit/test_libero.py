@@ -59,6 +59,20 @@ def test_a_task_without_expert_says_so(env: base.Environment) -> None:
         env.expert_action()
 
 
+@pytest.mark.parametrize(
+    "task", ["libero_object-pick_up_the_milk_and_place_it_in_the_basket", "libero_goal-push_the_plate_to_the_front_of_the_stove"]
+)
+def test_an_expert_that_let_go_too_early_plans_anew(env: base.Environment, task: str) -> None:
+    """A disturbed hand may open anywhere: the retreat then ends without success."""
+    env.reset(task, scene_seed(Split.TUNING, 0))
+    env.expert_action()
+    memory = env._expert.memory  # type: ignore[attr-defined]
+    memory.stage, memory.ticks = "retreat", 1000
+    assert np.isfinite(env.expert_action()).all() and memory.stage == "plan"
+    env.expert_action()
+    assert memory.stage == "hover" and len(memory.tried) == 2
+
+
 def test_patterns_of_tasks(env: base.Environment) -> None:
     assert len(base.matching_tasks(env.spec, ["libero_object-*"])) == 10
     assert base.matching_tasks(env.spec, [BOWL, "libero_spatial-*stove*"]) == [BOWL]

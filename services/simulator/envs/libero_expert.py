@@ -207,9 +207,10 @@ class Expert:
             if self.late():
                 self.enter("retreat")
             return self.go(hand, grasp.yaw, OPEN)
-        if self.late() and not self.env._check_success():
+        late = self.late()
+        if late and not self.env._check_success():
             self.enter("plan")
-        return self.go(hand + (0.0 if self.late() else 0.05) * UP, grasp.yaw, OPEN)
+        return self.go(hand + (0.0 if late else 0.05) * UP, grasp.yaw, OPEN)
 
     def carry(self, grasp: Grasp) -> Points:
         """Stages lift, carry and lower, steered by the carried thing's own pose."""
@@ -262,9 +263,10 @@ class Expert:
             if np.linalg.norm(hand[:2] - self.position(self.thing)[:2]) > 0.09:  # it slipped over the rim
                 self.enter("plan")
             return self.go(np.array([*ahead, grasp.position[2]]), grasp.yaw, CLOSE)
-        if self.late() and not self.env._check_success():
+        late = self.late()
+        if late and not self.env._check_success():
             self.enter("plan")
-        return self.go(hand + (0.0 if self.late() else 0.05) * UP, grasp.yaw, CLOSE)
+        return self.go(hand + (0.0 if late else 0.05) * UP, grasp.yaw, CLOSE)
 
     def knob(self) -> Grasp:
         """Above the knob's axis, fingers across its handle."""
