@@ -30,6 +30,7 @@ OPEN, CLOSE = -1.0, 1.0
 CLEARANCE = 0.04  # metres between what is carried and what it passes over
 APPROACH = 0.08  # metres above a grasp from which the gripper descends
 PATIENCE = {"hover": 60, "descend": 30, "close": 9, "lift": 40, "carry": 60, "lower": 35, "open": 7, "retreat": 12}
+GRIPPING = ("hover", "descend", "close")
 MOVING = ("lift", "carry", "lower")
 LOOSE = 5  # actions without both fingers' contact after which a thing is lost; contacts flicker while it settles in the grip
 TURN = 1.4  # radians
@@ -188,15 +189,26 @@ class Expert:
         steer = grasp.position if away < 0.02 else np.array([*grasp.position[:2], max(hand[2], grasp.position[2])])
         return self.go(steer, grasp.yaw, gripper)
 
+    def grip(self, grasp: Grasp) -> Points:
+        """Stages hover, descend and close."""
+        if self.memory.stage != "close":
+            return self.approach(grasp, OPEN)
+        if self.late():
+            self.enter("lift")
+        return self.go(grasp.position, grasp.yaw, CLOSE)
+
+    def retreat(self, grasp: Grasp, gripper: float) -> Points:
+        """Stage retreat: up and away; what has not succeeded by then is planned anew."""
+        late = self.late()
+        if late and not self.env._check_success():
+            self.enter("plan")
+        return self.go(self.hand() + (0.0 if late else 0.05) * UP, grasp.yaw, gripper)
+
     def pick_and_place(self) -> Points:
         memory, hand, grasp = self.memory, self.hand(), self.memory.grasp
         assert grasp is not None
-        if memory.stage in ("hover", "descend"):
-            return self.approach(grasp, OPEN)
-        if memory.stage == "close":
-            if self.late():
-                self.enter("lift")
-            return self.go(grasp.position, grasp.yaw, CLOSE)
+        if memory.stage in GRIPPING:
+            return self.grip(grasp)
         memory.loose = 0 if memory.stage not in MOVING or self.held() or self.env._check_success() else memory.loose + 1
         if memory.loose > LOOSE:
             self.enter("plan")
@@ -207,10 +219,7 @@ class Expert:
             if self.late():
                 self.enter("retreat")
             return self.go(hand, grasp.yaw, OPEN)
-        late = self.late()
-        if late and not self.env._check_success():
-            self.enter("plan")
-        return self.go(hand + (0.0 if late else 0.05) * UP, grasp.yaw, OPEN)
+        return self.retreat(grasp, OPEN)
 
     def carry(self, grasp: Grasp) -> Points:
         """Stages lift, carry and lower, steered by the carried thing's own pose."""
@@ -263,10 +272,7 @@ class Expert:
             if np.linalg.norm(hand[:2] - self.position(self.thing)[:2]) > 0.09:  # it slipped over the rim
                 self.enter("plan")
             return self.go(np.array([*ahead, grasp.position[2]]), grasp.yaw, CLOSE)
-        late = self.late()
-        if late and not self.env._check_success():
-            self.enter("plan")
-        return self.go(hand + (0.0 if late else 0.05) * UP, grasp.yaw, CLOSE)
+        return self.retreat(grasp, CLOSE)
 
     def knob(self) -> Grasp:
         """Above the knob's axis, fingers across its handle."""
@@ -281,12 +287,8 @@ class Expert:
     def turn_knob(self) -> Points:
         memory, hand, grasp = self.memory, self.hand(), self.memory.grasp
         assert grasp is not None
-        if memory.stage in ("hover", "descend"):
-            return self.approach(grasp, OPEN)
-        if memory.stage == "close":
-            if self.late():
-                self.enter("lift")
-            return self.go(grasp.position, grasp.yaw, CLOSE)
+        if memory.stage in GRIPPING:
+            return self.grip(grasp)
         if memory.stage == "lift":  # turn
             joint = self.model.joint(self.env.get_object(self.thing).joints[0]).id
             way = float(np.sign(self.data.xaxis[joint, 2]) or 1.0)
