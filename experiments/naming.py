@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from experiments.arena import Arena
 from experiments.policies import Playing
 from world2act.data.clips import camera_grid
+from world2act.models import store
 from world2act.models.tiny_policy import TinyPolicy
 from world2act.models.worldmodel import WorldModel
 from world2act.normalisation import Statistics
@@ -31,6 +32,7 @@ PLAY_SEED = 99
 STRIDE = 2
 """A window of video begins at every such frame."""
 STEPS, BATCH, RATE = 1200, 128, 2e-3  # 3,000 steps fit play better and an expert's video worse
+KIND = "inverse-dynamics"
 
 
 class InverseDynamics(nn.Module):
@@ -38,7 +40,7 @@ class InverseDynamics(nn.Module):
 
     def __init__(self, shape: tuple[int, int, int], actions: Statistics) -> None:
         super().__init__()
-        channels, height, width = shape
+        channels, height, width = self.shape = shape
         self.actions = actions
         self.net = nn.Sequential(
             nn.Conv2d(channels, 96, 3, 1, 1),
@@ -58,6 +60,19 @@ class InverseDynamics(nn.Module):
     def forward(self, latents: Tensor) -> Tensor:
         chunk: Tensor = self.net(latents)
         return chunk.view(len(chunk), M, -1)
+
+    def save(self, path: Path, seconds: float) -> None:
+        """Weights, statistics, and how long `fit` took."""
+        metadata = {"kind": KIND, "shape": self.shape, "seconds": seconds}
+        store.write(path, {**self.state_dict(), **self.actions.tensors("actions")}, metadata)
+
+    @classmethod
+    def load(cls, path: Path) -> tuple[InverseDynamics, float]:
+        """What `save` wrote. Raises WeightsError for another file."""
+        tensors, metadata, _ = store.read(path, KIND)
+        network = cls(metadata["shape"], Statistics.take(tensors, "actions"))
+        network.load_state_dict({name: value for name, value in tensors.items() if not name.startswith("actions.")})
+        return network.eval().requires_grad_(False), float(metadata["seconds"])
 
     @torch.no_grad()
     def read(self, latents: Tensor) -> Tensor:

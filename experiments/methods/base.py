@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from experiments.arena import Arena, Policy
-from experiments.naming import Windows
+from experiments.naming import InverseDynamics
 from experiments.policies import Frozen, WithResidual
 from world2act.models.adapters import Adapters
 from world2act.models.tiny_policy import TinyPolicy
@@ -26,8 +26,7 @@ class Parts:
     """Everything a method may use. All are frozen; a method that trains one of them trains a copy.
 
     labels: the labelled demonstrations of the regime, already read: the base's own, and every one that another part has seen.
-    seen: what Stage 1 has learned from as pairs of encoded video and of the world model's, named video too.
-    play: what the adapters have seen of the robot's own motion beside them, or None.
+    inverse: a network that names actions, of all that the adapters have learned from (`regimes.inverse_dynamics`).
     settings: preset of Stage 2; its plan is the budget: every method runs the same number of episodes of split posttrain.
     seed: training seed, also the seed of `schedule.plan`, so that all methods meet the same scenes.
     on_round: called by methods that train in rounds, with the round's number and the policy after it; it may evaluate, and
@@ -38,12 +37,11 @@ class Parts:
     model: WorldModel
     adapters: Adapters
     labels: Callable[[], Sequence[Episode]]
-    seen: Callable[[], tuple[Windows, Windows]]
+    inverse: Callable[[], InverseDynamics]
     tasks: tuple[str, ...]
     settings: Stage2Settings
     seed: int
     arena: Arena
-    play: Callable[[], Windows | None] = field(default=lambda: None)
     note: Note = field(default=lambda name, value: None)
     on_round: Callable[[int, Policy], None] = field(default=lambda number, policy: None)
 

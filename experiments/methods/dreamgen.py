@@ -13,7 +13,6 @@ from torch import Tensor
 
 from experiments.arena import Policy
 from experiments.methods.base import Frozen, Parts
-from experiments.methods.inverse_dynamics import fit
 from experiments.naming import InverseDynamics
 from experiments.regimes import cloning_steps
 from world2act import behaviour_cloning, schedule
@@ -26,7 +25,7 @@ from world2act.types import Episode, M, Trajectory
 
 def train(parts: Parts) -> Policy:
     """As many imagined episodes as our plan executes, each from the first frame of one of its scenes, skill by skill."""
-    network, labels = fit(parts), parts.labels()
+    network, labels = parts.inverse(), parts.labels()
     lengths, motion = skill_lengths(labels, parts.model.config.max_horizon), fit_motion(labels)
     specs = schedule.plan(parts.settings, parts.tasks, parts.seed)
     runs = parts.arena.run(specs, Frozen(parts.base))  # only its first frame and state are used

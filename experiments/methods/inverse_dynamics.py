@@ -6,29 +6,15 @@ from __future__ import annotations
 
 import torch
 
-from experiments import naming
 from experiments.arena import Policy, Run
 from experiments.methods.base import Parts
 from experiments.methods.residual import post_train
-from experiments.naming import InverseDynamics
-from world2act.presets import STAGE1
 from world2act.stage2 import Targets
-
-STEPS = 3000
-"""Explains 0.854 of held-out experts' actions from imagined latents, 1,200 steps 0.843; D_a(E_v) 0.856 (decision 041)."""
-
-
-def fit(parts: Parts) -> InverseDynamics:
-    """On what Stage 1 has seen, named video too, true and predicted latents in equal parts; and on play if there is any."""
-    true, predicted = parts.seen()
-    own = parts.play()
-    pools = [(true, 0.5), (predicted, 0.5)] if own is None else [(own, 0.25), (true, 0.25), (predicted, 0.5)]
-    return naming.fit(pools, STAGE1["default"].latent_noise, parts.seed, parts.adapters.actions, STEPS)
 
 
 def train(parts: Parts) -> Policy:
     """The same rounds, scenes and learner as ours."""
-    network = fit(parts)
+    network = parts.inverse()
 
     @torch.no_grad()
     def target(run: Run) -> Targets:

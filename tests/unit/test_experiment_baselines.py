@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from experiments import naming
 from experiments.arena import Policy, Run
 from experiments.methods import METHODS, action_worldmodel, ctrl_world, lora, vla_rft
 from experiments.methods.action_worldmodel import Imagined, Transitions
@@ -291,7 +292,8 @@ def parts(base: TinyPolicy, model: WorldModel, adapters: Adapters, monkeypatch: 
     monkeypatch.setattr(vla_rft.train, "__defaults__", (vla_rft.Settings(starts=2, group=3, horizon=2),))
     arena: Any = FakeArena(np.full(4, 0.5, np.float32))
     shown = Windows(torch.randn(20, *model.config.vae.latent_shape).half(), torch.rand(20, 4, 4) * 2 - 1)
-    return Parts(base, model, adapters, demonstrations, lambda: (shown, shown), TASKS, SETTINGS, 0, arena)
+    inverse = naming.fit([(shown, 1.0)], 0.3, 0, adapters.actions, steps=2)
+    return Parts(base, model, adapters, demonstrations, lambda: inverse, TASKS, SETTINGS, 0, arena)
 
 
 @pytest.mark.parametrize("name", ["inverse-dynamics", "vla-rft", "ctrl-world", "lora-16", "lora-32"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,9 @@ from tests.unit.test_stage1 import known_world
 from world2act import schedule, stage1
 from world2act.data.clips import cut_clips
 from world2act.data.robomimic import EpisodeWriter
+from world2act.models.adapters import Adapters, AdapterSettings
 from world2act.models.tiny_policy import TinyPolicy, TinyPolicyConfig
+from world2act.normalisation import Statistics
 from world2act.presets import STAGE2
 from world2act.splits import LeakageError, Split
 from world2act.types import Episode, M
@@ -108,6 +111,29 @@ def test_what_stage_1_has_seen_is_kept_for_who_learns_from_the_same(tmp_path: Pa
     assert torch.equal(predicted.latents, data.predicted[:, 1:][data.intended]), "what nobody intended, no model predicts"
     monkeypatch.setattr(regimes, "stage1_data", None)
     assert torch.equal(regimes.stage1_windows(regime, places, ["reach"])[0].latents, true.latents), "computed once"
+
+
+def test_the_baselines_inverse_dynamics_is_fitted_once_per_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places, regime, data = Places(cache=tmp_path, zoo=tmp_path / "zoo"), Regime("video-rich", 4), known_world(clips=5)
+    actions = Statistics.fit(data.actions, data.mask)
+    Adapters(AdapterSettings(), actions, "of a world model").save(places.part(regime, "adapters"))
+    shown = naming.Windows(data.true[:, 1:][data.mask], data.actions[data.mask])
+    pools: list[list[float]] = []
+
+    def fit(given: list[tuple[naming.Windows, float]], *rest: Any) -> naming.InverseDynamics:
+        pools.append([share for _, share in given])
+        return fitted(given, *rest[:-1], 3)
+
+    fitted = naming.fit
+    monkeypatch.setattr(naming, "fit", fit)
+    monkeypatch.setattr(regimes, "_hash", lambda path: path.name)
+    monkeypatch.setattr(regimes, "stage1_windows", lambda *_: (shown, shown))
+    monkeypatch.setattr(regimes, "own_play", lambda *_: shown)
+    (first, seconds), (again, same) = (regimes.inverse_dynamics(regime, places, ["reach"], 0) for _ in range(2))
+    assert pools == [[0.25, 0.25, 0.5]] and seconds == same > 0, "play, encoded video, the world model's"
+    assert torch.equal(first.read(data.true), again.read(data.true)) and torch.equal(again.actions.mean, actions.mean)
+    other, _ = regimes.inverse_dynamics(regime, places, ["reach"], 1)
+    assert len(pools) == 2 and not torch.equal(other.read(data.true), first.read(data.true))
 
 
 def test_play_is_the_base_and_random_motion_in_spans() -> None:
