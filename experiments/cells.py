@@ -12,14 +12,17 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from multiprocessing import connection
+from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
 from world2act.console import Progress, no_progress
 
-Work = Callable[["Cell", Path], dict[str, Any]]
+Work = Callable[["Cell", Path, Progress], dict[str, Any]]
 """Computes a cell's result (JSON values) in a process of its own; the folder holds what cells share."""
+SECONDS_BETWEEN = 1.0
+"""In which a process tells of its progress at most once."""
 
 
 @dataclass(frozen=True)
@@ -60,47 +63,67 @@ def write_whole(path: Path, content: str) -> None:
     temporary.replace(path)
 
 
-def _one(work: Work, cell: Cell, folder: Path) -> None:
+def _one(work: Work, cell: Cell, folder: Path, progress: Progress) -> None:
     started = time.monotonic()
-    result = work(cell, folder)
+    result = work(cell, folder, progress)
     content = {"cell": asdict(cell), "wall_seconds": round(time.monotonic() - started, 1), **result}
     write_whole(cell.path(folder), json.dumps(content, indent=1))
 
 
-def _guarded(function: Callable[..., None], arguments: tuple[Any, ...], log: Path) -> None:
+def _guarded(function: Callable[..., None], arguments: tuple[Any, ...], log: Path, said: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to children too: the parent decides when they end
+    last: dict[str, float] = {}
+
+    def progress(part: str, done: int, total: int, values: dict[str, float]) -> None:
+        now = time.monotonic()
+        if done >= total or now - last.get(part, -SECONDS_BETWEEN) >= SECONDS_BETWEEN:
+            last[part] = now
+            said.send((part, done, total, values))
+
     try:
-        function(*arguments)
+        function(*arguments, progress)
     except Exception as error:
         write_whole(log, f"{type(error).__name__}: {' '.join(str(error).split())}\n{traceback.format_exc()}")
         raise SystemExit(1) from None
 
 
 def processes(
-    calls: dict[str, tuple[Callable[..., None], tuple[Any, ...]]], workers: int, logs: Path
+    calls: dict[str, tuple[Callable[..., None], tuple[Any, ...]]],
+    workers: int,
+    logs: Path,
+    progress: Progress = no_progress,
 ) -> Iterator[tuple[str, str | None]]:
     """Run each call (importable function, arguments) in a process of its own, `workers` at a time.
 
+    The function gets a Progress as its last argument; what it tells arrives at `progress` under "<name>: <part>".
     Yields (name, None), or (name, why it failed), as they end; `logs`/<name>.error holds the trace. One that is killed takes no
     other with it. When the consumer stops, by Ctrl-C too, those that still run are ended.
     """
     context = multiprocessing.get_context("spawn")
     waiting = list(calls)
-    running: dict[int, tuple[SpawnProcess, str]] = {}
+    running: dict[Connection, tuple[SpawnProcess, str]] = {}
     try:
         while waiting or running:
             while waiting and len(running) < max(1, workers):
                 name = waiting.pop(0)
                 log = logs / f"{name}.error"
                 log.unlink(missing_ok=True)
-                process = context.Process(target=_guarded, args=(*calls[name], log), name=name, daemon=True)
+                heard, said = context.Pipe(duplex=False)
+                process = context.Process(target=_guarded, args=(*calls[name], log, said), name=name, daemon=True)
                 process.start()
-                running[process.sentinel] = process, name
-            for sentinel in connection.wait(list(running)):
-                assert isinstance(sentinel, int)
-                process, name = running.pop(sentinel)
-                process.join()
-                yield name, _why(process, logs / f"{name}.error")
+                said.close()  # the process has its own end: when it ends, however it ends, ours reads the end of the pipe
+                running[heard] = process, name
+            for ready in connection.wait(list(running)):
+                assert isinstance(ready, Connection)
+                process, name = running[ready]
+                try:
+                    part, done, total, values = ready.recv()
+                    progress(f"{name}: {part}", done, total, values)
+                except EOFError:
+                    del running[ready]
+                    ready.close()
+                    process.join()
+                    yield name, _why(process, logs / f"{name}.error")
     finally:
         for process, _ in running.values():
             process.terminate()
@@ -122,7 +145,7 @@ def run(cells: Sequence[Cell], work: Work, folder: Path, workers: int, progress:
     progress("cells", finished, len(unique), {})
     for stage in sorted({cell.stage for cell in missing}):
         members = {cell.name: (_one, (work, cell, folder)) for cell in missing if cell.stage == stage}
-        for name, error in processes(members, workers, folder / "cells"):
+        for name, error in processes(members, workers, folder / "cells", progress):
             finished += 1
             if error is not None:
                 failures.append(f"{name}: {error}")

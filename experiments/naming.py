@@ -33,6 +33,8 @@ STRIDE = 2
 """A window of video begins at every such frame."""
 STEPS, BATCH, RATE = 1200, 128, 2e-3  # 3,000 steps fit play better and an expert's video worse
 KIND = "inverse-dynamics"
+Film = tuple[Tensor, Tensor]
+"""Frames uint8 (T+1, H, W, 3) and actions (T, A)."""
 
 
 class InverseDynamics(nn.Module):
@@ -98,8 +100,8 @@ class Windows:
 
 
 @torch.no_grad()
-def windows(model: WorldModel, films: Iterable[tuple[Tensor, Tensor]], stride: int = STRIDE) -> Windows:
-    """Every `stride` frames of films, each frames uint8 (T+1, H, W, 3) and actions (T, A), wherever a whole chunk follows."""
+def windows(model: WorldModel, films: Iterable[Film], stride: int = STRIDE) -> Windows:
+    """Every `stride` frames of films, wherever a whole chunk follows."""
     latents, chunks = [], []
     for frames, actions in films:
         starts = torch.arange(0, len(actions) - M + 1, stride)
@@ -109,12 +111,12 @@ def windows(model: WorldModel, films: Iterable[tuple[Tensor, Tensor]], stride: i
     return Windows(torch.cat(latents), torch.cat(chunks))
 
 
-def film_of(episode: Episode) -> tuple[Tensor, Tensor]:
+def film_of(episode: Episode) -> Film:
     """A demonstration as `windows` takes it."""
     return torch.from_numpy(camera_grid(episode)), torch.from_numpy(episode.actions)
 
 
-def play(arena: Arena, base: TinyPolicy, tasks: Sequence[str], count: int = PLAY_EPISODES) -> Iterator[tuple[Tensor, Tensor]]:
+def play(arena: Arena, base: TinyPolicy, tasks: Sequence[str], count: int = PLAY_EPISODES) -> Iterator[Film]:
     """Films of `count` episodes a task at play, with the actions that were executed."""
     first, policy = PLAY_SEED * INDICES_PER_SEED, Playing(base, PLAY_SEED)
     for index in range(first, first + count):

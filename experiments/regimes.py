@@ -24,6 +24,7 @@ from experiments import naming
 from experiments.arena import Arena
 from experiments.naming import Windows
 from world2act import behaviour_cloning, stage1, worldmodel_training
+from world2act.console import Progress, no_progress
 from world2act.data import robomimic
 from world2act.data.clips import cut_clips
 from world2act.models import store
@@ -116,7 +117,9 @@ def cloning_steps(episodes: int) -> int:
     return int(min(4000, 1000 * max(1.0, (episodes / 28) ** 0.5)))
 
 
-def clone(episodes: Sequence[Episode], seed: int, start: TinyPolicy | None = None) -> TinyPolicy:
+def clone(
+    episodes: Sequence[Episode], seed: int, start: TinyPolicy | None = None, progress: Progress = no_progress
+) -> TinyPolicy:
     """A base policy cloned from `episodes` of splits base and worldmodel, from `start`'s weights if given."""
     torch.manual_seed(seed)
     config = TinyPolicyConfig(actions=episodes[0].actions.shape[1], states=episodes[0].states.shape[1])
@@ -125,7 +128,7 @@ def clone(episodes: Sequence[Episode], seed: int, start: TinyPolicy | None = Non
         policy.load_state_dict(start.state_dict())
     samples = behaviour_cloning.samples_of(episodes, config.active_rows, (Split.BASE, Split.WORLDMODEL))
     settings = behaviour_cloning.Settings(Path(), Path(), seed=seed, steps=cloning_steps(len(episodes)))
-    behaviour_cloning.train(policy, samples, settings)
+    behaviour_cloning.train(policy, samples, settings, progress)
     return policy.requires_grad_(False)
 
 
@@ -147,15 +150,16 @@ def lacking(regime: Regime, places: Places) -> list[str]:
     return missing
 
 
-def prepare(regime: Regime, places: Places, tasks: Sequence[str]) -> dict[str, str]:
+def prepare(regime: Regime, places: Places, tasks: Sequence[str], progress: Progress = no_progress) -> dict[str, str]:
     """Build what the regime lacks; returns the hash of each part. Raises as `lacking`."""
     missing = lacking(regime, places)
     if "base" in missing:
-        clone(few(places, tasks, regime.demonstrations), seed=0).save(places.part(regime, "base"), {"regime": regime.name})
+        base = clone(few(places, tasks, regime.demonstrations), 0, progress=progress)
+        base.save(places.part(regime, "base"), {"regime": regime.name})
     if "worldmodel" in missing:
-        _train_worldmodel(regime, places, tasks, places.part(regime, "worldmodel"))
+        _train_worldmodel(regime, places, tasks, places.part(regime, "worldmodel"), progress)
     if missing and lacking(regime, places):
-        _train_adapters(regime, places, tasks).save(places.part(regime, "adapters"), {"regime": regime.name})
+        _train_adapters(regime, places, tasks, progress).save(places.part(regime, "adapters"), {"regime": regime.name})
     return {name: _hash(places.part(regime, name)) for name in PARTS}
 
 
@@ -170,7 +174,7 @@ def _cut(regime: Regime, episodes: Iterable[Episode], phases: Sequence[int]) -> 
         yield from cut_clips(episode, None if regime.worldmodel == "skill" else Segmentation((whole,), None, (), ()), phases)
 
 
-def stage1_data(regime: Regime, places: Places, tasks: Sequence[str]) -> Stage1Data:
+def stage1_data(regime: Regime, places: Places, tasks: Sequence[str], progress: Progress = no_progress) -> Stage1Data:
     """What Stage 1 of the regime learns from. video-rich: the demonstrations, and video named from them and the robot's own play;
     matched: the demonstrations; shipped: every labelled demonstration of split worldmodel."""
     settings, seed = STAGE1[regime.stage1], 0
@@ -183,15 +187,16 @@ def stage1_data(regime: Regime, places: Places, tasks: Sequence[str]) -> Stage1D
     if regime.kind != "video-rich":
         return data
     labelled = naming.windows(model, map(naming.film_of, demonstrations))
-    pools = [(own_play(regime, places, tasks), PLAY_SHARE), (labelled, 1.0 - PLAY_SHARE)]
+    pools = [(own_play(regime, places, tasks, progress), PLAY_SHARE), (labelled, 1.0 - PLAY_SHARE)]
     inverse = naming.fit(pools, STAGE1["default"].latent_noise, seed)
     return stage1.name_actions(inverse.read, data, keep=slice(len(known)))
 
 
-def _train_adapters(regime: Regime, places: Places, tasks: Sequence[str]) -> Adapters:
-    data = stage1_data(regime, places, tasks)
+def _train_adapters(regime: Regime, places: Places, tasks: Sequence[str], progress: Progress) -> Adapters:
+    data = stage1_data(regime, places, tasks, progress)
     _keep(data, _kept(regime, places))
-    return stage1.train(data, STAGE1[regime.stage1], 0)[0]
+    settings = STAGE1[regime.stage1]
+    return stage1.train(data, settings, 0, lambda step, of, terms: progress("Stage 1", step, of, {"loss": terms["loss"]}))[0]
 
 
 def stage1_windows(regime: Regime, places: Places, tasks: Sequence[str]) -> tuple[Windows, Windows]:
@@ -230,16 +235,22 @@ def _keep(data: Stage1Data, path: Path) -> None:
     Windows(true[mask], chunks[mask]).save(path)  # last: its presence says that both are whole
 
 
-def own_play(regime: Regime, places: Places, tasks: Sequence[str]) -> Windows:
+def own_play(regime: Regime, places: Places, tasks: Sequence[str], progress: Progress = no_progress) -> Windows:
     """The regime's base at play, as its world model's VAE sees it; recorded once and kept."""
     base, model = places.part(regime, "base"), WorldModel.load(places.part(regime, "worldmodel"))
     seen_by = store.content_hash(store.to_bytes(model.vae.state_dict(), {}))
     name = hashlib.sha256(f"{_hash(base)} {seen_by} {sorted(tasks)}".encode()).hexdigest()
     path = base.parent / f"play-{name[:16]}.safetensors"
+
+    def counted(films: Iterable[naming.Film], total: int) -> Iterator[naming.Film]:
+        for number, film in enumerate(films, 1):
+            progress("play", number, total, {})
+            yield film
+
     if not path.exists():
         policy = TinyPolicy.load(base)
         arena = Arena(policy.action_std.numpy())
-        found = naming.windows(model, naming.play(arena, policy, tasks))
+        found = naming.windows(model, counted(naming.play(arena, policy, tasks), naming.PLAY_EPISODES * len(tasks)))
         arena.close()
         found.save(path)
     return Windows.load(path)
@@ -249,7 +260,7 @@ def _phases(settings: Stage1Settings) -> range:
     return range(0, M, max(1, M // settings.phases))
 
 
-def _train_worldmodel(regime: Regime, places: Places, tasks: Sequence[str], out: Path) -> None:
+def _train_worldmodel(regime: Regime, places: Places, tasks: Sequence[str], out: Path, progress: Progress = no_progress) -> None:
     """The whole recipe. matched: on the regime's own demonstrations, VAE too. Base-WM: with the VAE of its Skill-WM."""
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_stem(f"{out.stem}-partial")  # training saves what it has: a stopped one must not pass for a whole one
@@ -259,7 +270,7 @@ def _train_worldmodel(regime: Regime, places: Places, tasks: Sequence[str], out:
     if regime.worldmodel == "base":
         skill = places.part(replace(regime, worldmodel="skill"), "worldmodel")
         if not skill.exists():
-            _train_worldmodel(replace(regime, worldmodel="skill"), places, tasks, skill)
+            _train_worldmodel(replace(regime, worldmodel="skill"), places, tasks, skill, progress)
         settings = replace(settings, segmented=False, vae_from=skill)
-    worldmodel_training.train_worldmodel(settings)
+    worldmodel_training.train_worldmodel(settings, progress)
     partial.replace(out)

@@ -106,7 +106,7 @@ def prepare_all(
     failures = []
     if calls:
         progress("parts", 0, len(calls), {})
-    for done, (name, error) in enumerate(processes(calls, workers, places.cache / "logs"), 1):
+    for done, (name, error) in enumerate(processes(calls, workers, places.cache / "logs", progress), 1):
         progress("parts", done, len(calls), {})
         failures += [f"{name}: {error}"] if error else []
     if failures:
@@ -114,10 +114,10 @@ def prepare_all(
     return {regime: prepare(regime, places, tasks) for regime in regimes}.__getitem__
 
 
-def _prepare(regimes: Sequence[Regime], places: Places, tasks: Sequence[str]) -> None:
+def _prepare(regimes: Sequence[Regime], places: Places, tasks: Sequence[str], progress: Progress) -> None:
     torch.set_num_threads(1)
     for regime in regimes:
-        prepare(regime, places, tasks)
+        prepare(regime, places, tasks, progress)
 
 
 def stage2_of(values: Mapping[str, Any]) -> Stage2Settings:
@@ -136,7 +136,7 @@ def scenes(seed: int, trials: int) -> range:
     return range(seed * trials, (seed + 1) * trials)
 
 
-def compute(cell: Cell, places: Places) -> dict[str, Any]:
+def compute(cell: Cell, places: Places, progress: Progress = no_progress) -> dict[str, Any]:
     """Train and evaluate one cell. Returns outcomes per task as a string of 0 and 1 in scene order, and what was noted."""
     what = cell.what
     regime = Regime(**what["regime"])
@@ -176,8 +176,13 @@ def compute(cell: Cell, places: Places) -> dict[str, Any]:
         arena,
         lambda name, value: notes.__setitem__(name, round(value, 5)),
     )
-    if what.get("every_round"):
-        parts.on_round = lambda number, policy: rounds.append(outcomes(policy))
+
+    def on_round(number: int, policy: Policy) -> None:
+        progress("rounds", number + 1, parts.settings.plan.rounds + 1, {})
+        if what.get("every_round"):
+            rounds.append(outcomes(policy))
+
+    parts.on_round = on_round
     started = time.monotonic()
     policy = METHODS[what["method"]](parts)
     trained = time.monotonic()
@@ -207,6 +212,6 @@ class Work:
 
     places: Places
 
-    def __call__(self, cell: Cell, folder: Path) -> dict[str, Any]:
+    def __call__(self, cell: Cell, folder: Path, progress: Progress) -> dict[str, Any]:
         torch.set_num_threads(1)
-        return compute(cell, self.places)
+        return compute(cell, self.places, progress)

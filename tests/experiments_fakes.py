@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from experiments.cells import Cell
+from world2act.console import Progress
 
 
 @dataclass(frozen=True)
 class FakeCells:
     """Writes down that it ran; some variants do not end well."""
 
-    def __call__(self, cell: Cell, folder: Path) -> dict[str, Any]:
+    def __call__(self, cell: Cell, folder: Path, progress: Progress) -> dict[str, Any]:
         with (folder / "ran").open("a") as log:
             log.write(f"{cell.variant}{cell.seed}\n")
+        progress("rounds", 1, 1, {"decode": 0.5})
         if cell.variant == "bad":
             raise ValueError("no\nsuch thing")
         if cell.variant == "killed":
@@ -31,7 +33,7 @@ class FakeCells:
 class FakeMethods:
     """Ours solves everything, others nothing; inverse dynamics is broken."""
 
-    def __call__(self, cell: Cell, folder: Path) -> dict[str, Any]:
+    def __call__(self, cell: Cell, folder: Path, progress: Progress) -> dict[str, Any]:
         (folder / f"{cell.name}.{os.getpid()}.ran").touch()
         if cell.what["method"] == "inverse-dynamics":
             raise RuntimeError("broken")

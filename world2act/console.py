@@ -14,6 +14,8 @@ Progress = Callable[[str, int, int, dict[str, float]], None]
 """Called with the name of a part, steps done, steps in all, current values."""
 
 LINE_SECONDS = 15.0
+SHOWN = 12
+"""Bars that stay when they are full; later ones disappear."""
 
 
 def no_progress(part: str, done: int, total: int, values: dict[str, float]) -> None:
@@ -44,6 +46,7 @@ def progress_display() -> Iterator[Progress]:
         def bar(part: str, done: int, total: int, values: dict[str, float]) -> None:
             if part not in tasks:
                 tasks[part] = bars.add_task(part, total=total, values="")
-            bars.update(tasks[part], completed=done, total=total, values=_text(values))
+            full = done >= total and len(tasks) > SHOWN
+            bars.update(tasks[part], completed=done, total=total, values=_text(values), visible=not full)
 
         yield bar

@@ -18,14 +18,16 @@ def ran(folder: Path) -> list[str]:
 
 def test_failures_are_named_and_the_rest_is_kept_and_not_computed_again(tmp_path: Path) -> None:
     wanted = [Cell("main", "good", 0), Cell("main", "bad", 0), Cell("main", "killed", 0), Cell("main", "good", 1)]
-    seen: list[tuple[int, int]] = []
-    failures = cells.run(wanted, Fake(), tmp_path, 3, lambda part, done, total, values: seen.append((done, total)))
+    seen: list[tuple[str, int, int, dict[str, float]]] = []
+    failures = cells.run(wanted, Fake(), tmp_path, 3, lambda *said: seen.append(said))
     names = [cell.name for cell in wanted]
     assert sorted(failures) == [
         f"{names[1]}: ValueError: no such thing",
         f"{names[2]}: its process ended with status 9",
     ]
-    assert seen[-1] == (4, 4)
+    assert seen[-1] == ("cells", 4, 4, {"failed": 2.0})
+    told = [said for said in seen if said[0] != "cells"]
+    assert sorted(told) == sorted((f"{name}: rounds", 1, 1, {"decode": 0.5}) for name in names), "what each process tells"
     assert "Traceback" in (tmp_path / "cells" / f"{names[1]}.error").read_text()
     for cell in (wanted[0], wanted[3]):
         result = cells.read(cell, tmp_path)
@@ -44,7 +46,7 @@ def test_an_interruption_ends_what_runs_and_keeps_what_is_whole(tmp_path: Path) 
     wanted = [Cell("main", "good", 0), Cell("main", "slow", 0)]
 
     def interrupted(part: str, done: int, total: int, values: dict[str, float]) -> None:
-        if done:
+        if part == "cells" and done:
             while "slow0" not in ran(tmp_path):
                 time.sleep(0.05)
             raise KeyboardInterrupt

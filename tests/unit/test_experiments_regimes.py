@@ -13,6 +13,7 @@ from experiments.regimes import Places, Regime
 from tests.unit.test_arena import SPREAD, Forward
 from tests.unit.test_regimes import episode
 from world2act import worldmodel_training
+from world2act.console import Progress
 from world2act.schedule import EpisodeSpec
 from world2act.splits import Split
 
@@ -39,7 +40,7 @@ def test_base_wm_is_trained_on_whole_episodes_with_the_vae_of_its_skill_wm(
 ) -> None:
     trained: list[worldmodel_training.Settings] = []
 
-    def train(settings: worldmodel_training.Settings) -> None:
+    def train(settings: worldmodel_training.Settings, progress: Progress) -> None:
         trained.append(settings)
         settings.out.touch()
 
