@@ -187,7 +187,7 @@ def card_text(model: WorldModel, card: dict[str, Any]) -> str:
         "",
         "Small causal video VAE (4x time, 8x space) and a small CosmosTransformer3DModel, conditioned on start frame and skill",
         f"prompt. {method} (noise_scale {model.config.noise_scale:g}). Trained on video and prompts only, no actions.",
-        "Meta-World scenes of this project's simulator; of no use elsewhere.",
+        "It knows the scenes of the tasks below; of no use elsewhere.",
         "",
         f"- weights: sha256 `{model.hash}`, float32, parameters {parameters}",
         f"- data: split `{data['split']}`, scripted experts, episodes per task {data['tasks']},",
