@@ -210,7 +210,8 @@ def stage1_windows(regime: Regime, places: Places, tasks: Sequence[str]) -> tupl
 def inverse_dynamics(regime: Regime, places: Places, tasks: Sequence[str], seed: int) -> tuple[naming.InverseDynamics, float]:
     """The network that names actions for the baselines, fitted to what Stage 1 has seen, named video too, true and predicted
     latents in equal parts, and to play if there is any. Computed once per training seed and kept; with the seconds of the fit."""
-    path = _kept(regime, places).with_stem(f"inverse-dynamics-{INVERSE_STEPS}-{seed}-{_kept(regime, places).stem}")
+    seen = _kept(regime, places)
+    path = seen.with_stem(f"inverse-dynamics-{INVERSE_STEPS}-{seed}-{seen.stem}")
     if not path.exists():
         true, predicted = stage1_windows(regime, places, tasks)
         pools = [(true, 0.5), (predicted, 0.5)]
