@@ -16,7 +16,9 @@ from world2act.presets import STAGE2, Rounds
 Plot = Literal["dots", "curve", "rounds"]
 
 RICH = Regime("video-rich", 4)
-"""Few labels, plenty of video: where the method has something to offer. Ablations are made here."""
+"""Few labels, plenty of video: where the method has something to offer. Methods are compared here."""
+SHIPPED = Regime()
+"""Ablations are made here: its parts are all in zoo/, so that a clone is enough to compute them again (decision 043)."""
 STRENGTHS = (4, 10, 25, 60)
 SCALES = (0.25, 0.5, 1.0, 2.0)
 SEEN = ("door-open", "drawer-open", "pick-place", "reach")
@@ -62,7 +64,7 @@ def _ours(regime: Regime, distortion: str = "none") -> Variant:
 
 def _main(tasks: Sequence[str]) -> list[Row]:
     rows = []
-    for regime in (RICH, Regime()):
+    for regime in (RICH, SHIPPED):
         base = f"base, {regime.name}"
         rows += [_base(regime, base, paper="0.701"), Row(f"world2act, {regime.name}", _ours(regime), (base,), "0.726")]
         rows.append(Row(f"imagination, {regime.name}", Variant("imagination", "imagination", regime), bound=True))
@@ -100,11 +102,11 @@ def _methods(tasks: Sequence[str]) -> list[Row]:
 
 
 def _worldmodel(tasks: Sequence[str]) -> list[Row]:
-    whole = replace(RICH, worldmodel="base")
+    whole = replace(SHIPPED, worldmodel="base")
     return [
-        _base(RICH, paper="0.701"),
+        _base(SHIPPED, paper="0.701"),
         Row("Base-WM", _ours(whole), ("base",), "0.715"),
-        Row("Skill-WM", _ours(RICH), ("base", "Base-WM"), "0.726"),
+        Row("Skill-WM", _ours(SHIPPED), ("base", "Base-WM"), "0.726"),
     ]
 
 
@@ -126,21 +128,21 @@ OBJECTIVES: tuple[tuple[str, dict[str, object], str], ...] = (
 
 
 def _objectives(tasks: Sequence[str]) -> list[Row]:
-    rows = [_base(RICH, paper="0.701"), Row("default (decode, closed loop)", _ours(RICH), ("base",))]
+    rows = [_base(SHIPPED, paper="0.701"), Row("default (decode, closed loop)", _ours(SHIPPED), ("base",))]
     for label, settings, paper in OBJECTIVES:
         name = label.replace(",", "").replace(" + ", "-").replace(" ", "-").lower()
-        rows.append(Row(label, Variant(name, regime=RICH, settings=settings), ("base", rows[1].label), paper))
-    paper_variant = Variant("paper", regime=replace(RICH, stage1="paper"), preset="paper")
+        rows.append(Row(label, Variant(name, regime=SHIPPED, settings=settings), ("base", rows[1].label), paper))
+    paper_variant = Variant("paper", regime=replace(SHIPPED, stage1="paper"), preset="paper")
     return [*rows, Row("paper preset, both stages", paper_variant, ("base", rows[1].label), "0.726")]
 
 
 def _adapters(tasks: Sequence[str]) -> list[Row]:
-    rows = [_base(RICH, paper="0.701")]
+    rows = [_base(SHIPPED, paper="0.701")]
     rows += [
-        Row(name, Variant(name, name, RICH), ("base",), paper)
+        Row(name, Variant(name, name, SHIPPED), ("base",), paper)
         for name, paper in (("lora-16", "0.714, 14.6 h"), ("lora-32", "0.721, 15.3 h"))
     ]
-    return [*rows, Row("residual", _ours(RICH), ("base", "lora-16", "lora-32"), "0.726, 6.8 h")]
+    return [*rows, Row("residual", _ours(SHIPPED), ("base", "lora-16", "lora-32"), "0.726, 6.8 h")]
 
 
 def scaled(plan: Rounds, factor: float) -> dict[str, object]:
@@ -151,9 +153,9 @@ def scaled(plan: Rounds, factor: float) -> dict[str, object]:
 
 def _scaling(tasks: Sequence[str]) -> list[Row]:
     plan = STAGE2["default"].plan
-    rows = [replace(_base(RICH), series="base", x=0.0)]
+    rows = [replace(_base(SHIPPED), series="base", x=0.0)]
     for factor in SCALES:
-        variant = _ours(RICH) if factor == 1 else Variant(f"scale-{factor:g}", regime=RICH, settings=scaled(plan, factor))
+        variant = _ours(SHIPPED) if factor == 1 else Variant(f"scale-{factor:g}", regime=SHIPPED, settings=scaled(plan, factor))
         found = variant.stage2().plan
         episodes = found.base + found.perturbed + found.rounds * found.on_policy
         rows.append(Row(f"{episodes} episodes a task", variant, ("base",), series="world2act", x=float(episodes)))
@@ -165,21 +167,21 @@ def _cross_task(tasks: Sequence[str]) -> list[Row]:
     unseen = tuple(task for task in tasks if task not in SEEN)
     if not seen or not unseen:
         raise ValueError(f"tasks: cross-task needs some of {', '.join(SEEN)} and some others, got {', '.join(tasks)}")
-    part = Variant("cross-task", regime=RICH, train_tasks=seen)
+    part = Variant("cross-task", regime=SHIPPED, train_tasks=seen)
     rows = []
     for name, group in (("seen", seen), ("unseen", unseen)):
-        base = replace(_base(RICH, f"base, {name}"), tasks=group)
+        base = replace(_base(SHIPPED, f"base, {name}"), tasks=group)
         rows += [
             base,
             Row(f"post-trained on {len(seen)} tasks, {name}", part, (base.label,), tasks=group),
-            Row(f"post-trained on all, {name}", _ours(RICH), (base.label,), tasks=group),
+            Row(f"post-trained on all, {name}", _ours(SHIPPED), (base.label,), tasks=group),
         ]
     return rows
 
 
 def _regimes(tasks: Sequence[str]) -> list[Row]:
     rows = []
-    kinds: tuple[Kind, ...] = ("video-rich", "matched")
+    kinds: tuple[Kind, ...] = ("video-rich", "matched", "practised")
     for count in STRENGTHS:
         shared = Regime("video-rich", count)  # base and labels are the same in both
         base, more = f"base, {count} demonstrations", f"more-cloning, {count} demonstrations"
@@ -194,9 +196,9 @@ def _regimes(tasks: Sequence[str]) -> list[Row]:
 
 
 def _similarity(tasks: Sequence[str]) -> list[Row]:
-    rounds = replace(_ours(RICH), name="world2act-rounds", every_round=True)
-    contrastive = Variant("infonce-rounds", regime=RICH, settings=CONTRASTIVE, every_round=True)
-    return [_base(RICH), Row("default", rounds, ("base",)), Row("InfoNCE", contrastive, ("base",))]
+    rounds = replace(_ours(SHIPPED), name="world2act-rounds", every_round=True)
+    contrastive = Variant("infonce-rounds", regime=SHIPPED, settings=CONTRASTIVE, every_round=True)
+    return [_base(SHIPPED), Row("default", rounds, ("base",)), Row("InfoNCE", contrastive, ("base",))]
 
 
 COST = ("updates_per_second", "parameters", "memory_mb", "seconds/training")
@@ -247,7 +249,8 @@ EXPERIMENTS: dict[str, Experiment] = {
     ),
     "regimes": Experiment(
         "Gain against the base's strength",
-        "video-rich: few labelled demonstrations, plenty of action-free video; matched: every part sees the same demonstrations. "
+        "video-rich: few labelled demonstrations, plenty of action-free video; matched: every part sees the same demonstrations; "
+        "practised: matched, and world model and Stage 1 see the robot's own play too. "
         "more-cloning is the base trained anew, seed by seed, on every label that any part has seen: the same ones in both.",
         _regimes,
         "curve",

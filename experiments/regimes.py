@@ -5,6 +5,7 @@ video-rich: n labelled demonstrations a task for everybody; the world model has 
     names the actions of the video with an inverse-dynamics model that has seen the n demonstrations and the robot at play, whose
     actions are known without any label (experiments/naming.py), and learns the predicted latents on those pseudo-actions.
 matched: n demonstrations a task for everybody, the world model too.
+practised: matched, and world model and Stage 1 see the robot's own play in new scenes too (experiments/practice.py): no label.
 Variants of any of them: Base-WM instead of Skill-WM (METHOD section 2), and Stage 1 of preset `paper`.
 """
 
@@ -20,7 +21,7 @@ from typing import Literal
 
 import torch
 
-from experiments import naming
+from experiments import naming, practice
 from experiments.arena import Arena
 from experiments.naming import Windows
 from world2act import behaviour_cloning, stage1, worldmodel_training
@@ -37,7 +38,9 @@ from world2act.splits import Split
 from world2act.stage1 import Stage1Data
 from world2act.types import Clip, Episode, M, Skill
 
-Kind = Literal["shipped", "video-rich", "matched"]
+Kind = Literal["shipped", "video-rich", "matched", "practised"]
+NO_VIDEO = ("matched", "practised")
+"""Kinds without video beside the labelled demonstrations: their world models are their own."""
 
 INVERSE_STEPS = 3000
 """Of the baselines' inverse dynamics: explains 0.854 of held-out experts' actions from imagined latents, 1,200 steps 0.843;
@@ -79,7 +82,7 @@ class Places:
         if name == "base":  # does not depend on the rest
             folder = self.zoo if regime.kind == "shipped" else self.cache / f"cloned-{regime.demonstrations}"
         elif name == "worldmodel" and regime.worldmodel == "base":
-            folder = self.cache / (f"{plain.name}-base-wm" if regime.kind == "matched" else "base-wm")
+            folder = self.cache / (f"{plain.name}-base-wm" if regime.kind in NO_VIDEO else "base-wm")
         elif regime.kind == "shipped" and (name == "worldmodel" or regime == plain):
             folder = self.zoo
         elif name == "worldmodel":
@@ -154,8 +157,12 @@ def prepare(regime: Regime, places: Places, tasks: Sequence[str], progress: Prog
     """Build what the regime lacks; returns the hash of each part. Raises as `lacking`."""
     missing = lacking(regime, places)
     if "base" in missing:
-        base = clone(few(places, tasks, regime.demonstrations), 0, progress=progress)
-        base.save(places.part(regime, "base"), {"regime": regime.name})
+        rich = Regime("video-rich", regime.demonstrations)  # kinds share it: one card, whichever comes first
+        if rich.demonstrations == Regime().demonstrations:
+            base = TinyPolicy.load(places.part(Regime(), "base"))  # cloned again elsewhere, the last bits would be others
+        else:
+            base = clone(few(places, tasks, rich.demonstrations), 0, progress=progress)
+        base.save(places.part(regime, "base"), {"regime": rich.name})
     if "worldmodel" in missing:
         _train_worldmodel(regime, places, tasks, places.part(regime, "worldmodel"), progress)
     if missing and lacking(regime, places):
@@ -176,13 +183,16 @@ def _cut(regime: Regime, episodes: Iterable[Episode], phases: Sequence[int]) -> 
 
 def stage1_data(regime: Regime, places: Places, tasks: Sequence[str], progress: Progress = no_progress) -> Stage1Data:
     """What Stage 1 of the regime learns from. video-rich: the demonstrations, and video named from them and the robot's own play;
-    matched: the demonstrations; shipped: every labelled demonstration of split worldmodel."""
+    matched: the demonstrations; practised: and the robot's own play; shipped: every demonstration of split worldmodel."""
     settings, seed = STAGE1[regime.stage1], 0
     model = WorldModel.load(places.part(regime, "worldmodel"))
     plenty = robomimic.read_root(places.demos, allowed=[Split.WORLDMODEL], tasks=tasks)
     demonstrations = [] if regime.kind == "shipped" else few(places, tasks, regime.demonstrations)
     known = list(_cut(regime, demonstrations, _phases(settings)))
-    more = () if regime.kind == "matched" else _cut(regime, plenty, _phases(settings))
+    if regime.kind == "practised":
+        own = robomimic.read_root(practised(regime, places, tasks, progress), allowed=[Split.POSTTRAIN], tasks=tasks)
+        known += _cut(regime, own, _phases(settings))
+    more = () if regime.kind in NO_VIDEO else _cut(regime, plenty, _phases(settings))
     data = stage1.build_data(model, itertools.chain(known, more), settings.horizon, seed)
     if regime.kind != "video-rich":
         return data
@@ -257,17 +267,27 @@ def own_play(regime: Regime, places: Places, tasks: Sequence[str], progress: Pro
     return Windows.load(path)
 
 
+def practised(regime: Regime, places: Places, tasks: Sequence[str], progress: Progress = no_progress) -> Path:
+    """The folder of the regime's base's own episodes; recorded once and kept."""
+    base = places.part(regime, "base")
+    out = places.cache / f"practice-{_hash(base)[:16]}"
+    practice.write(out, TinyPolicy.load(base), tasks, progress=progress)
+    return out
+
+
 def _phases(settings: Stage1Settings) -> range:
     return range(0, M, max(1, M // settings.phases))
 
 
 def _train_worldmodel(regime: Regime, places: Places, tasks: Sequence[str], out: Path, progress: Progress = no_progress) -> None:
-    """The whole recipe. matched: on the regime's own demonstrations, VAE too. Base-WM: with the VAE of its Skill-WM."""
+    """The whole recipe. matched, practised: on the regime's own episodes, VAE too. Base-WM: with the VAE of its Skill-WM."""
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_stem(f"{out.stem}-partial")  # training saves what it has: a stopped one must not pass for a whole one
     settings = worldmodel_training.Settings(places.demos, partial, tasks=tuple(tasks))
-    if regime.kind == "matched":
+    if regime.kind in NO_VIDEO:
         settings = replace(settings, split=Split.BASE, limit=regime.demonstrations)
+    if regime.kind == "practised":
+        settings = replace(settings, own=practised(regime, places, tasks, progress))
     if regime.worldmodel == "base":
         skill = places.part(replace(regime, worldmodel="skill"), "worldmodel")
         if not skill.exists():

@@ -133,12 +133,13 @@ class Contrast:
 
 @dataclass(frozen=True)
 class Table:
-    """An experiment, measured. weights: hashes of the parts by regime; seconds: wall time summed over its cells."""
+    """An experiment, measured. weights: by regime, the hashes of its parts, once for each set that cells were computed with;
+    seconds: wall time summed over its cells."""
 
     plan: Plan
     lines: list[Line]
     contrasts: list[Contrast]
-    weights: dict[str, dict[str, str]]
+    weights: dict[str, list[dict[str, str]]]
     seconds: float
     cells: int
     wanted: int
@@ -156,10 +157,11 @@ def measure(plan: Plan, out: Path) -> Table:
     results = read_cells(out, wanted)
     by_row = {row.label: {r["cell"]["seed"]: r for n in row.cells if (r := results.get(n)) is not None} for row in plan.rows}
     lines = [_line(row, by_row[row.label], plan.sizes) for row in plan.rows]
-    weights: dict[str, dict[str, str]] = {}
+    weights: dict[str, list[dict[str, str]]] = {}
     for result in results.values():
         what = result["cell"]["what"]
-        weights.setdefault(Regime(**what["regime"]).name, what["weights"])
+        of_regime = weights.setdefault(Regime(**what["regime"]).name, [])
+        of_regime += [what["weights"]] if what["weights"] not in of_regime else []
     seconds = sum(result["wall_seconds"] for result in results.values())
     unplanned = sum(plan.sizes.seeds for row in plan.rows if not row.cells)
     contrasts = _contrasts(plan, by_row)
@@ -347,8 +349,8 @@ def section(table: Table, folder: str) -> list[str]:
         lines += [f"**{title}**", "", *markdown(header, rows), ""]
     if table.cells:
         lines += [f"![{experiment.title}]({folder}/{plan.experiment}.png)", ""]
-    for regime, hashes in table.weights.items():
-        lines.append(f"- {regime}: " + ", ".join(f"{name} `{value[:12]}`" for name, value in hashes.items()))
+    for regime, sets in table.weights.items():
+        lines += [f"- {regime}: " + ", ".join(f"{name} `{value[:12]}`" for name, value in hashes.items()) for hashes in sets]
     return [*lines, ""] if table.weights else lines
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -75,7 +75,8 @@ class TransformerSettings:
 class Settings:
     """demos: folder of <split>/<task>.hdf5; out: weights file to write, with a card <name>.md beside it; vae_from: reuse the
     VAE of this world model; split: of the demonstrations; segmented: false trains on whole episodes with their instruction
-    (Base-WM instead of Skill-WM); limit: episodes per task; max_horizon: latents ahead at most, for rollouts a whole skill;
+    (Base-WM instead of Skill-WM); limit: demonstrations per task; own: folder of posttrain/<task>.hdf5, the robot's own episodes,
+    which train it too; max_horizon: latents ahead at most, for rollouts a whole skill;
     threads: CPU threads; probe_steps: training of the probe that measures how well latents carry actions."""
 
     demos: Path
@@ -87,6 +88,7 @@ class Settings:
     vae_from: Path | None = None
     segmented: bool = True
     split: Literal[Split.WORLDMODEL, Split.BASE] = Split.WORLDMODEL
+    own: Path | None = None
     noise_scale: float = 0.0
     max_horizon: int = 20
     precision: Precision = "auto"
@@ -134,11 +136,11 @@ def train_vae(
     precision: Precision = "auto",
     progress: Progress = no_progress,
 ) -> dict[str, float]:
-    """Train `vae` in place on windows of `episodes` (splits worldmodel and base only); sets its latent statistics.
+    """Train `vae` in place on windows of `episodes` (splits worldmodel, base and posttrain only); sets its latent statistics.
 
     Returns final losses. Loss: weighted Huber of the four frames that a latent is decoded to + kl * KL(posterior | N(0, 1)).
     """
-    splits.require((e.split for e in episodes), [Split.WORLDMODEL, Split.BASE], "train_vae")
+    splits.require((e.split for e in episodes), [Split.WORLDMODEL, Split.BASE, Split.POSTTRAIN], "train_vae")
     generator = torch.Generator().manual_seed(seed)
     windows = _Windows(episodes, settings, np.random.default_rng(seed))
     vae.train()
@@ -278,6 +280,9 @@ def train_worldmodel(settings: Settings, progress: Progress = no_progress) -> Wo
     model = WorldModel(WorldModelConfig(noise_scale=settings.noise_scale, max_horizon=settings.max_horizon))
     rows = model.config.vae.active_rows
     cut = read_cut(settings.demos, [settings.split], rows, settings.tasks, settings.limit, settings.segmented)
+    if settings.own is not None:
+        own = read_cut(settings.own, [Split.POSTTRAIN], rows, settings.tasks, segmented=settings.segmented)
+        cut = replace(cut, episodes=cut.episodes + own.episodes)
     held_out = read_cut(settings.demos, [Split.VALIDATION], rows, settings.tasks, segmented=settings.segmented)
     lap("read")
     metrics: dict[str, float] = {}

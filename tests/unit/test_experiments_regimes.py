@@ -48,10 +48,12 @@ def test_base_wm_is_trained_on_whole_episodes_with_the_vae_of_its_skill_wm(
     places = Places(cache=tmp_path, zoo=tmp_path / "zoo")
     (tmp_path / "zoo").mkdir()
     (tmp_path / "zoo" / "worldmodel.safetensors").touch()
-    for regime in (Regime("video-rich", 4, "base"), Regime("matched", 10, "base")):
+    monkeypatch.setattr(regimes, "practised", lambda *_: tmp_path / "own")
+    for regime in (Regime("video-rich", 4, "base"), Regime("matched", 10, "base"), Regime("practised", 4)):
         regimes._train_worldmodel(regime, places, ["reach"], places.part(regime, "worldmodel"))
         assert places.part(regime, "worldmodel").exists()
-    rich, skill, matched = trained
+    rich, skill, matched, practised = trained
+    assert (practised.split, practised.limit, practised.own) == (Split.BASE, 4, tmp_path / "own") and matched.own is None
     assert not {settings.out for settings in trained} & set(tmp_path.rglob("*.safetensors")), (
         "half-trained weights have a name of their own"
     )

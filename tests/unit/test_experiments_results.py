@@ -84,6 +84,7 @@ def test_page_says_what_is_missing_and_what_belongs_to_nothing(plan: Plan, tmp_p
     assert "1 more cells there belong to no row" in text
     assert "Not run: main, worldmodel, objectives" in text
     assert "video-rich-4: base `bbbbbbbbbbbb`, worldmodel `cccccccccccc`" in text
+    assert text.count("- video-rich-4: base") == 1, "parts of one set of weights are named once"
     assert results.page(tmp_path) == text
     assert Plan.load(tmp_path, "methods") == plan
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import naming, regimes
+from experiments import naming, practice, regimes
 from experiments.methods import dreamgen
 from experiments.policies import Playing
 from experiments.regimes import Places, Regime
@@ -19,6 +19,7 @@ from services.simulator.collect import env_args
 from services.simulator.envs.metaworld import SPEC
 from tests.unit.test_stage1 import known_world
 from world2act import schedule, stage1
+from world2act.data import robomimic
 from world2act.data.clips import cut_clips
 from world2act.data.robomimic import EpisodeWriter
 from world2act.models.adapters import Adapters, AdapterSettings
@@ -56,9 +57,40 @@ def test_each_regime_takes_its_own_parts() -> None:
 
 
 def test_own_rollouts_use_scenes_that_no_method_meets() -> None:
-    first = naming.PLAY_SEED * schedule.INDICES_PER_SEED
-    plan = schedule.plan(STAGE2["default"], ["reach"], seed=4)
-    assert not {spec.index for spec in plan} & set(range(first, first + naming.PLAY_EPISODES))
+    met = {spec.index for spec in schedule.plan(STAGE2["default"], ["reach"], seed=4)}
+    for seed, count in ((naming.PLAY_SEED, naming.PLAY_EPISODES), (practice.SEED, practice.EPISODES)):
+        own = set(range(seed * schedule.INDICES_PER_SEED, seed * schedule.INDICES_PER_SEED + count))
+        assert not met & own
+        met |= own
+
+
+def test_practice_is_whole_episodes_that_know_what_was_meant(tmp_path: Path) -> None:
+    base = TinyPolicy(TinyPolicyConfig(channels=(4, 4, 4), hidden=16, text_width=8)).eval()
+    practice.write(tmp_path, base, ["drawer-close", "reach"], 1)
+    first, second = robomimic.read_root(tmp_path, allowed=[Split.POSTTRAIN])
+    for own in (first, second):
+        assert len(own.actions) == M * SPEC.task(own.task).max_chunks and len(own.widths) == len(own.actions) + 1
+        assert own.intended is not None and not own.success and own.index == practice.SEED * schedule.INDICES_PER_SEED
+        chunks = own.intended.reshape(-1, M)
+        assert (chunks.all(1) | ~chunks.any(1)).all() and 0 < chunks[:, 0].mean() < 1
+        assert sum(len(clip.actions) for clip in cut_clips(own)) == len(chunks), "nothing of it is discarded"
+        moved = np.ptp(own.actions.reshape(len(chunks), M, -1), axis=1)
+        assert (moved[~chunks[:, 0]] == 0.0).all(), "random motion is held for a chunk"
+    before = (tmp_path / "posttrain" / "reach.hdf5").stat().st_mtime_ns
+    practice.write(tmp_path, base, ["reach"], 1)
+    assert (tmp_path / "posttrain" / "reach.hdf5").stat().st_mtime_ns == before
+
+
+def test_a_base_of_as_many_demonstrations_as_the_shipped_one_is_that_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(regimes, "lacking", lambda regime, places: [n for n in ["base"] if not places.part(regime, n).exists()])
+    monkeypatch.setattr(regimes, "PARTS", ("base",))
+    hashes = []
+    for kind in ("matched", "video-rich"):
+        places = Places(cache=tmp_path / kind, zoo=Path(__file__).parents[2] / "zoo")
+        hashes.append(regimes.prepare(Regime(kind, 4), places, ["reach"]))
+        kept, shipped = (TinyPolicy.load(places.part(regime, "base")) for regime in (Regime(kind, 4), Regime()))
+        assert all(torch.equal(a, b) for a, b in zip(kept.parameters(), shipped.parameters(), strict=True))
+    assert hashes[0] == hashes[1]
 
 
 def test_more_demonstrations_are_cloned_for_longer_up_to_a_limit() -> None:

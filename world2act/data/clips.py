@@ -43,10 +43,12 @@ def skills_of(episode: Episode, segmented: bool = True) -> tuple[tuple[Skill, ..
     """The skills of an episode, and whether the segmenter discarded it (they are then as it lived them, and may be none).
 
     `segmented` false: one clip with the instruction as the prompt, the data of Base-WM (METHOD section 2). A clip of the authors'
-    folders is one skill.
+    folders is one skill. What a robot did itself (split posttrain) has the skills that it was given.
     """
     if not segmented or set(episode.images) == {"grid"}:
         return (Skill(episode.instruction, 0, len(episode.actions), "not segmented"),), False
+    if episode.split == Split.POSTTRAIN:
+        return lived_skills(episode), False
     found = segment_episode(episode).skills
     return (found, False) if found else (lived_skills(episode), True)
 
@@ -73,7 +75,7 @@ def cut_clips(episode: Episode, segmentation: Segmentation | None = None, phases
 
     Each skill is cut once per phase, beginning that many frames later: chunks at other phases are other pairs.
     """
-    skills = (segmentation or segment_episode(episode)).skills or lived_skills(episode)
+    skills = (segmentation.skills or lived_skills(episode)) if segmentation else skills_of(episode)[0]
     grid = camera_grid(episode)
     shifted = [replace(skill, start=skill.start + phase) for phase in phases for skill in skills]
     return [_clip(episode, grid, skill) for skill in shifted if skill.end - skill.start >= M]
