@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from experiments.policies import Playing
-from services.simulator.collect import env_args
 from services.simulator.envs.base import Environment, make
 from world2act.console import Progress, no_progress
 from world2act.data.grid import stitch
@@ -38,7 +37,7 @@ def write(out: Path, base: TinyPolicy, tasks: Sequence[str], count: int = EPISOD
         path = out / Split.POSTTRAIN.value / f"{task}.hdf5"
         if path.exists():
             continue
-        with EpisodeWriter(path, split=Split.POSTTRAIN, env_args=env_args(environment.spec, task)) as writer:
+        with EpisodeWriter(path, split=Split.POSTTRAIN, env_args=environment.spec.env_args(task)) as writer:
             for index in range(count):
                 writer.write(_episode(environment, playing, task, SEED * INDICES_PER_SEED + index))
                 progress("practice", number * count + index + 1, len(tasks) * count, {})

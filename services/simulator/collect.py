@@ -78,20 +78,6 @@ class Tally:
     perturbed_failed: int = 0
 
 
-def env_args(spec: base.EnvironmentSpec, task: str, camera_every: int = 1) -> dict[str, object]:
-    """The env_args of a file of `task`."""
-    return {
-        "env_name": task,
-        "simulator": spec.simulator,
-        "control_hz": spec.control_hz,
-        "chunk": spec.chunk,
-        "cameras": {camera.name: camera.cell for camera in spec.cameras},
-        "gripper_open_width": spec.gripper_open_width,
-        "gripper_width_index": spec.gripper_width_index,
-        **({"camera_every": camera_every} if camera_every > 1 else {}),
-    }
-
-
 def is_perturbed(index: int, share: float) -> bool:
     """Whether scene `index` is perturbed; spread evenly, so that any prefix of scenes has close to `share` of them."""
     return int((index + 1) * share + 1e-9) > int(index * share + 1e-9)
@@ -161,7 +147,7 @@ def collect_task(env: base.Environment, task: str, settings: CollectSettings) ->
     path = settings.out / settings.split.value / f"{task}.hdf5"
     tally = Tally(task)
     with EpisodeWriter(
-        path, split=settings.split, env_args=env_args(env.spec, task, settings.camera_every), resume=settings.resume
+        path, split=settings.split, env_args=env.spec.env_args(task, settings.camera_every), resume=settings.resume
     ) as writer:
         tally.existing = tally.written = len(writer.indices)
         start = max(writer.indices, default=-1) + 1

@@ -15,7 +15,6 @@ from experiments import naming, practice, regimes
 from experiments.methods import dreamgen
 from experiments.policies import Playing
 from experiments.regimes import Places, Regime
-from services.simulator.collect import env_args
 from services.simulator.envs.metaworld import SPEC
 from tests.unit.test_stage1 import known_world
 from world2act import schedule, stage1
@@ -41,7 +40,7 @@ def episode(index: int, task: str = "reach", split: Split = Split.BASE, actions:
 
 
 def write(root: Path, split: Split, count: int) -> None:
-    with EpisodeWriter(root / split.value / "reach.hdf5", split=split, env_args=env_args(SPEC, "reach")) as writer:
+    with EpisodeWriter(root / split.value / "reach.hdf5", split=split, env_args=SPEC.env_args("reach")) as writer:
         for index in range(count):
             writer.write(episode(index, split=split))
 

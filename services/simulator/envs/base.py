@@ -89,6 +89,19 @@ class EnvironmentSpec:
                 return task
         raise InvalidInputError(f"task: {name[:80]!r} is unknown; choose one of {', '.join(t.name for t in self.tasks)}")
 
+    def env_args(self, task: str, camera_every: int = 1) -> dict[str, object]:
+        """The env_args of a file with episodes of `task` (world2act/data/robomimic.py)."""
+        return {
+            "env_name": task,
+            "simulator": self.simulator,
+            "control_hz": self.control_hz,
+            "chunk": self.chunk,
+            "cameras": {camera.name: camera.cell for camera in self.cameras},
+            "gripper_open_width": self.gripper_open_width,
+            "gripper_width_index": self.gripper_width_index,
+            **({"camera_every": camera_every} if camera_every > 1 else {}),
+        }
+
 
 @dataclass(frozen=True)
 class Observation:
