@@ -52,7 +52,8 @@ def _dots(axes: Any, lines: list[Line]) -> None:
 def _curve(axes: Any, lines: list[Line]) -> None:
     series: dict[str, list[Line]] = {}
     for line in lines:
-        series.setdefault(line.series, []).append(line)
+        if line.x is not None:
+            series.setdefault(line.series, []).append(line)
     for (name, members), colour in zip(series.items(), cycle(COLOURS), strict=False):
         points = sorted((line.x, line.rate) for line in members if line.x is not None and line.rate is not None)
         x = [at for at, _ in points]

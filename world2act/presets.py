@@ -141,9 +141,9 @@ class Stage2Settings:
     target: Target = "closed-loop"
     closed_loop_every: int = 1
     alignment: Alignment = "same-index"
-    decode_weight: float = 1.0
+    decode_weight: float = 0.0
     contrastive_weight: float = 0.0
-    cosine_weight: float = 0.0
+    cosine_weight: float = 1.0
     residual_penalty: float = 0.0
     vision: Vision = "latent"
     instruction: bool = True
@@ -200,8 +200,8 @@ STAGE2: dict[Preset, Stage2Settings] = {
         optimiser=PAPER_OPTIMISER,
         plan=Rounds(base=50, perturbed=0, rounds=1, on_policy=50, on_policy_noise=0.0, first_steps=2500, steps=2500),
         target="open-loop",
-        decode_weight=0.0,
         contrastive_weight=1.0,
+        cosine_weight=0.0,
         vision="pixels",
         bound=1.0,
         width=32,

@@ -24,7 +24,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "method.md"
         (STAGE2["default"], {"vision": "depth"}, "vision: must be one of latent, pixels"),
         (STAGE2["default"], {"cosine_weight": -0.1}, "cosine_weight: must be >= 0"),
         (STAGE2["default"], {"residual_penalty": -1.0}, "residual_penalty: must be >= 0"),
-        (STAGE2["default"], {"decode_weight": 0.0, "residual_penalty": 1.0}, "one of them must be > 0"),
+        (STAGE2["default"], {"cosine_weight": 0.0, "residual_penalty": 1.0}, "one of them must be > 0"),
         (STAGE2["default"], {"bound": 0.0}, "bound: must be > 0"),
         (STAGE2["default"], {"plan.rounds": -1}, "rounds: must be >= 0"),
         (STAGE2["default"], {"contrastive.form": "triplet"}, "form: must be one of"),

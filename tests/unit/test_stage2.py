@@ -189,10 +189,15 @@ def test_resume_refuses_other_settings_and_adapters(adapters, tmp_path):
         stage2.Learner(other, SETTINGS, 0).resume(tmp_path / "c.safetensors")
 
 
-@pytest.mark.parametrize(("preset", "term"), [("default", "decode"), ("paper", "contrastive")])
-def test_learns_targets_that_the_observation_determines(adapters, preset, term):
+DECODE = {"decode_weight": 1.0, "cosine_weight": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("preset", "weights", "term"), [("default", {}, "cosine"), ("default", DECODE, "decode"), ("paper", {}, "contrastive")]
+)
+def test_learns_targets_that_the_observation_determines(adapters, preset, weights, term):
     """e_v = E_a(base + a shift within the bound). Only its own loss must fall: InfoNCE alone can lower the cosine."""
-    settings = replace(STAGE2[preset], vision="latent", tasks_per_step=2, episodes_per_step=4)
+    settings = replace(STAGE2[preset], vision="latent", tasks_per_step=2, episodes_per_step=4, **weights)
     settings = replace(settings, optimiser=replace(settings.optimiser, rate=2e-3), latent_noise=0.0, state_noise=0.0)
     plan = replace(settings, plan=Rounds(base=8, perturbed=0, rounds=0, first_steps=60))
     data = stage2.Stage2Dataset(adapters, settings)
@@ -305,7 +310,7 @@ def test_alignment_gives_each_executed_chunk_its_imagined_one_skill_by_skill(ada
 # --- the objective
 
 
-def test_terms_compose_with_their_weights_and_the_default_is_the_decode_term_alone(adapters):
+def test_terms_compose_with_their_weights_and_the_default_is_the_cosine_alone(adapters):
     quiet = replace(STAGE2["default"], latent_noise=0.0, state_noise=0.0)
     data = dataset(adapters, schedule.plan(SETTINGS, TASKS, 0), quiet)
     batch = data.draw(torch.Generator().manual_seed(0))
@@ -317,8 +322,10 @@ def test_terms_compose_with_their_weights_and_the_default_is_the_decode_term_alo
         return learner.losses(batch)
 
     default = losses(quiet)
-    assert named & default.keys() == {"decode"} and torch.equal(default["loss"], default["decode"])
-    every = replace(quiet, contrastive_weight=0.1, cosine_weight=0.7, residual_penalty=3.0)
+    assert torch.equal(default["loss"], default["cosine"]) and torch.equal(default["loss"], 1 - default["positive_cosine"])
+    decode = losses(replace(quiet, **DECODE))
+    assert named & decode.keys() == {"decode"} and torch.equal(decode["loss"], decode["decode"])
+    every = replace(quiet, decode_weight=1.0, contrastive_weight=0.1, cosine_weight=0.7, residual_penalty=3.0)
     found = losses(every)
     assert named <= found.keys()
     expected = found["decode"] + 0.1 * found["contrastive"] + 0.7 * (1 - found["positive_cosine"])
@@ -337,7 +344,7 @@ def test_the_penalty_shrinks_the_residual_and_cosine_alone_raises_the_cosine(ada
 
     free, held = end_of()[1], end_of(residual_penalty=10.0)[1]
     assert held["residual_norm"] < 0.5 * free["residual_norm"]
-    first, last = end_of(decode_weight=0.0, cosine_weight=1.0)
+    first, last = end_of()
     assert last["positive_cosine"] > first["positive_cosine"] + 0.02
 
 
