@@ -77,7 +77,10 @@ class Places:
     zoo: Path = Path("zoo")
 
     def part(self, regime: Regime, name: str) -> Path:
-        """The weights file of a regime's part: base, worldmodel or adapters."""
+        """The weights file of a regime's part: base, worldmodel or adapters. One in zoo/<regime>/ is taken from there."""
+        kept = self.zoo / regime.name / f"{name}.safetensors"
+        if kept.exists():
+            return kept
         plain = Regime(regime.kind, regime.demonstrations)
         if name == "base":  # does not depend on the rest
             folder = self.zoo if regime.kind == "shipped" else self.cache / f"cloned-{regime.demonstrations}"
@@ -141,7 +144,7 @@ PARTS = ("base", "worldmodel", "adapters")
 def lacking(regime: Regime, places: Places) -> list[str]:
     """Parts that have to be built. Adapters of another world model (the zoo's may have changed since) are none.
 
-    Raises FileNotFoundError for a shipped part that is missing: those are never built here.
+    Raises FileNotFoundError for a shipped part that is missing or stale: those are never built here.
     """
     missing = [name for name in PARTS if not places.part(regime, name).exists()]
     if not missing:
@@ -150,6 +153,8 @@ def lacking(regime: Regime, places: Places) -> list[str]:
     for path in (places.part(regime, name) for name in missing):
         if path.parent == places.zoo:
             raise FileNotFoundError(f"{path}: not there, or of another world model; `make zoo` makes it")
+        if path.is_relative_to(places.zoo):
+            raise FileNotFoundError(f"{path}: of another world model; once removed, it is built anew in {places.cache}")
     return missing
 
 

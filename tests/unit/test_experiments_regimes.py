@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from experiments import regimes
 from experiments.arena import Arena
@@ -14,6 +15,8 @@ from tests.unit.test_arena import SPREAD, Forward
 from tests.unit.test_regimes import episode
 from world2act import worldmodel_training
 from world2act.console import Progress
+from world2act.models.adapters import Adapters, AdapterSettings
+from world2act.normalisation import Statistics
 from world2act.schedule import EpisodeSpec
 from world2act.splits import Split
 
@@ -81,3 +84,17 @@ def test_a_shipped_part_that_is_missing_is_named(tmp_path: Path) -> None:
     places = Places(cache=tmp_path / "cache", zoo=tmp_path)
     with pytest.raises(FileNotFoundError, match=r"base.safetensors: not there.*make zoo"):
         regimes.lacking(Regime(), places)
+
+
+def test_a_part_that_is_kept_with_the_zoo_is_taken_and_never_written_over(tmp_path: Path) -> None:
+    places, rich = Places(cache=tmp_path / "cache", zoo=tmp_path / "zoo"), Regime("video-rich", 4)
+    assert places.part(rich, "adapters") == tmp_path / "cache" / "video-rich-4" / "adapters.safetensors"
+    kept = tmp_path / "zoo" / "video-rich-4" / "adapters.safetensors"
+    kept.parent.mkdir(parents=True)
+    Adapters(AdapterSettings(), Statistics(torch.zeros(4), torch.ones(4)), "of another").save(kept)
+    assert places.part(rich, "adapters") == kept and places.part(Regime("video-rich", 4, "base"), "adapters") != kept
+    for name in ("base", "worldmodel"):
+        places.part(rich, name).parent.mkdir(parents=True, exist_ok=True)
+        places.part(rich, name).touch()
+    with pytest.raises(FileNotFoundError, match="once removed, it is built anew"):
+        regimes.lacking(rich, places)
