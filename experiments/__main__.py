@@ -121,7 +121,7 @@ def run(options: Options, progress: Progress, work: cells.Work | None = None) ->
     hashes = study.prepare_all(variants, places, TASKS, workers, progress)  # parts know all tasks, whichever are measured
     of_row = {row.label: study.cells(options.name, [row.variant], sizes, hashes) for row in wanted}
     earlier = Plan.load(places.out, options.name)
-    plan = Plan(options.name, options.command(), sizes, results.planned(rows, of_row, earlier, sizes))
+    plan = Plan(options.name, options.command(), sizes, results.planned(rows, of_row, earlier, sizes, places.out))
     plan.save(places.out)
     # Seed by seed, so that a table exists early.
     in_order = sorted((cell for members in of_row.values() for cell in members), key=lambda cell: cell.seed)

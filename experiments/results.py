@@ -18,6 +18,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from experiments import study
 from experiments.catalogue import EXPERIMENTS, Row
 from experiments.cells import Cell, write_whole
 from experiments.regimes import Regime
@@ -80,16 +81,27 @@ def _tuples(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def planned(
-    rows: Sequence[Row], cells: Mapping[str, Sequence[Cell]], earlier: Plan | None, sizes: Sizes
+    rows: Sequence[Row], cells: Mapping[str, Sequence[Cell]], earlier: Plan | None, sizes: Sizes, out: Path
 ) -> tuple[PlannedRow, ...]:
     """The catalogue's rows with their cells by label; a row that this run leaves out keeps those of an `earlier` run of the same
-    sizes."""
+    sizes under `out`, if they are what the catalogue still asks for."""
     kept = {row.label: row.cells for row in earlier.rows} if earlier and earlier.sizes == sizes else {}
     found = []
     for row in rows:
         names = tuple(cell.name for cell in cells[row.label]) if row.label in cells else kept.get(row.label, ())
+        if row.label not in cells and not _current(row, read_cells(out, names), sizes):
+            names = ()
         found.append(PlannedRow(row.label, names, row.against, row.paper, row.bound, row.tasks, row.series, row.x))
     return tuple(found)
+
+
+def _current(row: Row, results: Mapping[str, Result], sizes: Sizes) -> bool:
+    """Whether today's variant, with the weights that the cells were computed with, gives cells of just these names."""
+    asked = set()
+    for result in results.values():
+        weights = {row.variant.regime: result["cell"]["what"]["weights"]}
+        asked |= {cell.name for cell in study.cells("", [row.variant], sizes, weights.__getitem__)}
+    return set(results) <= asked
 
 
 # --- measuring ------------------------------------------------------------------------------------------------------------

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from experiments import plots, results
+from experiments import plots, results, study
 from experiments.catalogue import EXPERIMENTS
-from experiments.cells import Cell
+from experiments.cells import Cell, write_whole
 from experiments.results import Plan, PlannedRow
 from experiments.study import Sizes
 from world2act.splits import LeakageError, Split
@@ -108,14 +108,24 @@ def test_a_row_may_count_some_tasks_only(plan: Plan, tmp_path: Path) -> None:
     assert (table.contrasts[0].gained, table.contrasts[0].lost) == (1, 1)
 
 
-def test_a_run_of_some_rows_keeps_the_others_of_the_same_sizes(plan: Plan) -> None:
+def test_a_run_of_some_rows_keeps_the_others_of_the_same_sizes(plan: Plan, tmp_path: Path) -> None:
     rows = EXPERIMENTS["main"].rows(SIZES.tasks)
     cells = {rows[0].label: [Cell("main", "base", 0)]}
     earlier = replace(plan, rows=(PlannedRow(rows[1].label, ("kept",)), PlannedRow(rows[0].label, ("old",))))
-    found = results.planned(rows, cells, earlier, SIZES)
+    found = results.planned(rows, cells, earlier, SIZES, tmp_path)
     assert [row.cells for row in found] == [(cells[rows[0].label][0].name,), ("kept",), *[()] * (len(rows) - 2)]
-    other = results.planned(rows, cells, earlier, Sizes(1, 4, SIZES.tasks))
+    other = results.planned(rows, cells, earlier, Sizes(1, 4, SIZES.tasks), tmp_path)
     assert other[1].cells == ()
+
+
+def test_a_row_that_means_something_else_by_now_keeps_nothing(plan: Plan, tmp_path: Path) -> None:
+    rows = EXPERIMENTS["main"].rows(SIZES.tasks)
+    made = study.cells("main", [rows[1].variant], SIZES, lambda _: WEIGHTS)
+    write_whole(made[0].path(tmp_path), json.dumps({"cell": asdict(made[0])}))
+    earlier = replace(plan, rows=(PlannedRow(rows[1].label, tuple(cell.name for cell in made)),))
+    assert results.planned(rows, {}, earlier, SIZES, tmp_path)[1].cells == (made[0].name, made[1].name)
+    changed = [replace(row, variant=replace(row.variant, settings={"bound": 0.25})) for row in rows]
+    assert results.planned(changed, {}, earlier, SIZES, tmp_path)[1].cells == ()
 
 
 def test_tuning_scenes_are_named_as_such(plan: Plan, tmp_path: Path) -> None:
