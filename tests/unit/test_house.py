@@ -67,7 +67,7 @@ def test_generated_protobuf_is_current(tmp_path: Path) -> None:
 
 
 def test_shipped_weights_are_small_and_have_cards() -> None:
-    weights = sorted((ROOT / "zoo").glob("*.safetensors"))
+    weights = sorted((ROOT / "zoo").rglob("*.safetensors"))
     assert weights, "zoo/ is empty: run `make zoo`"
     assert sum(w.stat().st_size for w in weights) <= 40_000_000
     for file in weights:
