@@ -140,7 +140,7 @@ def test_distributed_equals_serial_to_the_bit(rig: Rig, mode: str) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"closed_loop_every": 2, "cosine_weight": 0.5, "residual_penalty": 0.1},
+        {"closed_loop_every": 2, "decode_weight": 1.0, "cosine_weight": 0.5, "residual_penalty": 0.1},
         {"target": "open-loop", "alignment": "monotone", "contrastive_weight": 0.1, "contrastive.form": "marginal"},
     ],
 )
