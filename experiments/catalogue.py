@@ -92,8 +92,6 @@ METHODS = (
     ("lora-32", "0.721"),
 )
 """Baselines and the paper's numbers; those of LoRA are its Table 4."""
-
-
 DISTORTED = ("dreamgen", "inverse-dynamics")
 
 

@@ -335,7 +335,7 @@ def _describe(episodes: Sequence[CutEpisode], discarded: int) -> dict[str, Any]:
         "perturbed": sum(e.perturbed for e in episodes),
         "skills": sum(len(e.skills) for e in episodes),
         "discarded": discarded,
-        "split": episodes[0].split,
+        "split": " and ".join(sorted({e.split for e in episodes})),
     }
 
 
