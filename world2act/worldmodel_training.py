@@ -8,6 +8,8 @@ whether its predictions carry the action (measured in a prototype):
 - small objects vanish from the VAE unless pixels that differ from the task's median first frame weigh about 25 times more;
 - without the skip from the start latent, minutes go into learning the background (the source x1 of models/worldmodel.py);
 - clips begin at any frame of a skill, mostly one or two latents long: that is how closed-loop targets use it.
+
+What is drawn is drawn on the CPU, so that a GPU trains on the same batches; its last bits are its own.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +32,7 @@ from world2act.console import Progress, no_progress, progress_display
 from world2act.data.clips import CutEpisode, LatentBank, median_first_frames, read_cut
 from world2act.models.vae import SEEN, VideoVAE, to_float
 from world2act.models.worldmodel import WorldModel, WorldModelConfig
-from world2act.optimisation import Precision, autocast, warm_cosine
+from world2act.optimisation import Device, Precision, autocast, device_of, warm_cosine
 from world2act.splits import Split
 
 FUSED_FROM = 6
@@ -77,7 +80,8 @@ class Settings:
     VAE of this world model; split: of the demonstrations; segmented: false trains on whole episodes with their instruction
     (Base-WM instead of Skill-WM); limit: demonstrations per task; own: folder of posttrain/<task>.hdf5, the robot's own episodes,
     which train it too; max_horizon: latents ahead at most, for rollouts a whole skill;
-    threads: CPU threads; probe_steps: training of the probe that measures how well latents carry actions."""
+    device: what trains VAE and transformer; threads: CPU threads; probe_steps: training of the probe that measures how well
+    latents carry actions."""
 
     demos: Path
     out: Path
@@ -91,6 +95,7 @@ class Settings:
     own: Path | None = None
     noise_scale: float = 0.0
     max_horizon: int = 20
+    device: Device = "auto"
     precision: Precision = "auto"
     probe_steps: int = 600
     vae: VAESettings = field(default_factory=VAESettings)
@@ -100,8 +105,10 @@ class Settings:
 class _Windows:
     """Draws windows of five frames with the weights of their pixels."""
 
-    def __init__(self, episodes: Sequence[CutEpisode], settings: VAESettings, rng: np.random.Generator) -> None:
-        self.episodes, self.settings, self.rng = episodes, settings, rng
+    def __init__(
+        self, episodes: Sequence[CutEpisode], settings: VAESettings, rng: np.random.Generator, device: torch.device
+    ) -> None:
+        self.episodes, self.settings, self.rng, self.device = episodes, settings, rng, device
         self.medians = {task: torch.from_numpy(m) for task, m in median_first_frames(episodes).items()}
         sizes = np.array([max(1, len(e.frames) - SEEN + 1) for e in episodes], np.float64)
         self.chances = sizes / sizes.sum()
@@ -117,8 +124,8 @@ class _Windows:
                 at[:] = at[self.rng.integers(SEEN)]
             frames.append(torch.from_numpy(episode.frames[at]))
             medians.append(self.medians[episode.task])
-        seen = torch.stack(frames)
-        return seen, self._weights(to_float(seen[:, 1:]), to_float(torch.stack(medians))[:, None])
+        seen = torch.stack(frames).to(self.device)
+        return seen, self._weights(to_float(seen[:, 1:]), to_float(torch.stack(medians).to(self.device))[:, None])
 
     def _weights(self, seen: torch.Tensor, median: torch.Tensor) -> torch.Tensor:
         contrast = (seen - median).abs().amax(dim=-1, keepdim=True) / (2 * self.settings.object_contrast)
@@ -142,7 +149,8 @@ def train_vae(
     """
     splits.require((e.split for e in episodes), [Split.WORLDMODEL, Split.BASE, Split.POSTTRAIN], "train_vae")
     generator = torch.Generator().manual_seed(seed)
-    windows = _Windows(episodes, settings, np.random.default_rng(seed))
+    device = vae.mean.device
+    windows = _Windows(episodes, settings, np.random.default_rng(seed), device)
     vae.train()
     optimiser = torch.optim.AdamW(vae.parameters(), lr=settings.rate, betas=(0.9, 0.99), weight_decay=1e-4)
     schedule = warm_cosine(optimiser, settings.steps)
@@ -151,9 +159,9 @@ def train_vae(
     for step in range(settings.steps):
         seen, weights = windows.draw(settings.batch)
         x = to_float(seen)
-        with autocast(precision):
+        with autocast(precision, device):
             mean, logvar = vae.moments(x)
-            z = mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=generator)
+            z = mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=generator).to(device)
             decoded = vae.reconstruct(z)
         error = (weights * torch.nn.functional.smooth_l1_loss(decoded, x[:, 1:], beta=0.1, reduction="none")).mean()
         divergence = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).mean()
@@ -247,20 +255,22 @@ def _loss(
     generator: torch.Generator,
     precision: Precision,
 ) -> torch.Tensor:
-    batch = bank.batch(starts, horizon)
+    device = model.vae.mean.device
+    batch = bank.batch(starts, horizon).to(device)
     size = len(starts)
     x0 = torch.cat([batch.start[:, None], batch.target], dim=1)
     x1 = batch.start[:, None].expand_as(x0)
     t = torch.ones(size)
     if model.config.noise_scale > 0.0:
-        x1 = x1 + model.config.noise_scale * torch.randn(x0.shape, generator=generator)
+        x1 = x1 + model.config.noise_scale * torch.randn(x0.shape, generator=generator).to(device)
         t = torch.rand(size, generator=generator)
     dropped = torch.rand(size, generator=generator) < text_dropout
     prompts = ["" if drop else prompt for prompt, drop in zip(batch.prompts, dropped.tolist(), strict=True)]
+    t = t.to(device)
     at = t[:, None, None, None, None]
     # Under bfloat16 torch's fused CPU attention is slow backwards for short sequences: half of a step.
     kernel = SDPBackend.MATH if horizon < FUSED_FROM else SDPBackend.FLASH_ATTENTION
-    with autocast(precision), sdpa_kernel(kernel):
+    with autocast(precision, device), sdpa_kernel(kernel) if device.type == "cpu" else nullcontext():
         v = model.velocity((1 - at) * x0 + at * x1, batch.start, prompts, t).float()
     errors = (v - (x1 - x0))[:, 1:].square().mean(dim=(2, 3, 4))
     return (errors * batch.mask).sum() / batch.mask.sum().clamp(min=1)
@@ -277,7 +287,9 @@ def train_worldmodel(settings: Settings, progress: Progress = no_progress) -> Wo
         nonlocal clock
         times[part], clock = round(time.monotonic() - clock, 1), time.monotonic()
 
+    device = device_of(settings.device)
     model = WorldModel(WorldModelConfig(noise_scale=settings.noise_scale, max_horizon=settings.max_horizon))
+    model.to(device)
     rows = model.config.vae.active_rows
     cut = read_cut(settings.demos, [settings.split], rows, settings.tasks, settings.limit, settings.segmented)
     if settings.own is not None:
@@ -306,7 +318,7 @@ def train_worldmodel(settings: Settings, progress: Progress = no_progress) -> Wo
         lambda: model.save(settings.out, {"part": "checkpoint of a training that goes on"}),
     )
     lap("transformer")
-    model.requires_grad_(False)
+    model.requires_grad_(False).cpu()
     metrics |= worldmodel_metrics.reconstruction(model, held_out.episodes)
     metrics |= worldmodel_metrics.latent_errors(model, held_bank)
     metrics |= worldmodel_metrics.boundary_drift(
@@ -316,6 +328,7 @@ def train_worldmodel(settings: Settings, progress: Progress = no_progress) -> Wo
     lap("metrics")
     vae_from = settings.vae_from and settings.vae_from.name
     asked = asdict(settings) | {"demos": settings.demos.name, "out": settings.out.name, "vae_from": vae_from}
+    asked["device"] = device.type
     card = {
         "data": _describe(cut.episodes, cut.discarded) | {"validation_episodes": len(held_out.episodes)},
         "settings": json.loads(json.dumps(asked, default=str)),
@@ -341,7 +354,7 @@ def _describe(episodes: Sequence[CutEpisode], discarded: int) -> dict[str, Any]:
 
 def main() -> None:
     """Command line; see `Settings`."""
-    settings = tyro.cli(Settings, description=__doc__)
+    settings = tyro.cli(Settings, description=__doc__, config=(tyro.conf.EnumChoicesFromValues,))
     with progress_display() as progress:
         model = train_worldmodel(settings, progress)
     for name, value in model.card["metrics"].items():

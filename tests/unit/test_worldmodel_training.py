@@ -79,7 +79,7 @@ def test_pixels_that_differ_between_scenes_weigh_more() -> None:
     odd = np.full_like(still.frames, 60)
     odd[:, 10, 20] = 200  # a goal marker of one pixel, in the primary view
     episodes.append(replace(still, frames=odd, index=3))
-    windows = _Windows(episodes, VAESettings(), np.random.default_rng(0))
+    windows = _Windows(episodes, VAESettings(), np.random.default_rng(0), torch.device("cpu"))
     seen, weights = windows.draw(32)
     ratio = weights[:, :, 10, 20] / weights[:, :, 40, 20]
     marked = (seen[:, 1:, 10, 20] == 200).any(-1, keepdim=True)

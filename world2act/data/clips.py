@@ -161,6 +161,11 @@ class Batch:
     chunks: torch.Tensor
     prompts: list[str]
 
+    def to(self, device: torch.device) -> Batch:
+        """The same on `device`."""
+        start, target, mask, chunks = (x.to(device) for x in (self.start, self.target, self.mask, self.chunks))
+        return Batch(start, target, mask, chunks, self.prompts)
+
 
 class LatentBank:
     """Latents of all episodes end to end, N frames in all (float16: half the memory, an error of 0.0005 of the spread).
@@ -210,10 +215,10 @@ class LatentBank:
         frames = torch.from_numpy(episode.frames)
         at = torch.arange(0, len(frames), self.stride)
         alone = frames[at][:, None].expand(-1, M + 1, -1, -1, -1)
-        self.still[offset + at] = vae.normalise(vae.moments(to_float(alone))[0]).half()
+        self.still[offset + at] = vae.normalise(vae.moments(to_float(alone))[0]).half().cpu()
         at = at[at + M < len(frames)]
         seen = frames[at[:, None] + torch.arange(M + 1)]
-        self.moving[offset + at] = vae.normalise(vae.moments(to_float(seen))[0]).half()
+        self.moving[offset + at] = vae.normalise(vae.moments(to_float(seen))[0]).half().cpu()
 
     def batch(self, starts: torch.Tensor, horizon: int) -> Batch:
         """Clips from `starts` (B,), frame numbers out of `self.starts`, `horizon` latents ahead."""

@@ -92,8 +92,8 @@ class VideoVAE(nn.Module):
         self.register_buffer("std", torch.ones(c))
 
     def moments(self, windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Windows float (N, 5, rows, W, 3) in [-1, 1] -> mean and log variance (N, C, h, w), not normalised."""
-        stacked = windows.permute(0, 1, 4, 2, 3).flatten(1, 2)
+        """Windows float (N, 5, rows, W, 3) in [-1, 1], on any device -> mean and log variance (N, C, h, w), not normalised."""
+        stacked = windows.to(self.mean.device).permute(0, 1, 4, 2, 3).flatten(1, 2)
         mean, logvar = self.encoder(stacked.contiguous(memory_format=torch.channels_last)).float().chunk(2, dim=1)
         return mean, logvar.clamp(-12.0, 4.0)
 
