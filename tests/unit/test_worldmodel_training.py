@@ -16,6 +16,7 @@ from world2act.data.robomimic import EpisodeWriter
 from world2act.models.tiny_policy import TinyPolicy, TinyPolicyConfig
 from world2act.models.vae import VAEConfig
 from world2act.models.worldmodel import WorldModel, WorldModelConfig
+from world2act.optimisation import device_of
 from world2act.splits import LeakageError, Split
 from world2act.types import Episode, Skill
 from world2act.worldmodel_training import TransformerSettings, VAESettings, _Windows, train_transformer, train_vae
@@ -42,16 +43,38 @@ def moving_block(direction: int, split: str = "worldmodel", index: int = 0) -> C
     )
 
 
-@pytest.fixture(scope="module")
-def trained() -> tuple[WorldModel, LatentBank, list[float]]:
+def learn(device: str) -> tuple[WorldModel, LatentBank, list[float]]:
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    model, episodes, errors = WorldModel(SMALL), [moving_block(1), moving_block(-1)], []
+    model, episodes, errors = WorldModel(SMALL).to(device), [moving_block(1), moving_block(-1)], []
     settings = VAESettings(steps=40, rate=2e-3, batch=2, normalising_windows=8)
     train_vae(model.vae, episodes, settings, 0, progress=lambda *a: errors.append(a[3]["error"]))
     bank = LatentBank(model.vae.requires_grad_(False), episodes)
     train_transformer(model, bank, TransformerSettings(steps=50, short_batch=4, long_batch=2, long_horizon=4, rate=5e-3), 0)
-    return model, bank, errors
+    return model.cpu(), bank, errors
+
+
+@pytest.fixture(scope="module")
+def trained() -> tuple[WorldModel, LatentBank, list[float]]:
+    return learn("cpu")
+
+
+def test_a_gpu_learns_the_same(trained: tuple[WorldModel, LatentBank, list[float]]) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("NO GPU: training on one is not tested here")
+    model, bank, errors = learn("cuda")
+    assert errors[-1] == pytest.approx(trained[2][-1], rel=0.1)
+    ours, theirs = (
+        worldmodel_metrics.latent_errors(m, b, rows=16)["error_vs_copy_at_1"] for m, b in ((model, bank), trained[:2])
+    )
+    assert ours == pytest.approx(theirs, rel=0.2)
+
+
+def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device_of("auto").type == "cpu"
+    with pytest.raises(ValueError, match="device: cuda"):
+        device_of("cuda")
 
 
 def test_vae_learns_and_latents_are_normalised(trained: tuple[WorldModel, LatentBank, list[float]]) -> None:
