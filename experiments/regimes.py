@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 
@@ -38,6 +38,7 @@ from world2act.splits import Split
 from world2act.stage1 import Stage1Data
 from world2act.types import Clip, Episode, M, Skill
 
+T = TypeVar("T")
 Kind = Literal["shipped", "video-rich", "matched", "practised"]
 NO_VIDEO = ("matched", "practised")
 """Kinds without video beside the labelled demonstrations: their world models are their own."""
@@ -197,7 +198,11 @@ def stage1_data(regime: Regime, places: Places, tasks: Sequence[str], progress: 
     if regime.kind == "practised":
         own = robomimic.read_root(practised(regime, places, tasks, progress), allowed=[Split.POSTTRAIN], tasks=tasks)
         known += _cut(regime, own, _phases(settings))
-    more = () if regime.kind in NO_VIDEO else _cut(regime, plenty, _phases(settings))
+    more: Iterable[Clip] = ()
+    if regime.kind not in NO_VIDEO:
+        files = (places.demos / Split.WORLDMODEL.value / f"{task}.hdf5" for task in tasks)
+        total = sum(robomimic.count_episodes(file) for file in files if file.exists())
+        more = _cut(regime, _counted("clips", plenty, total, progress), _phases(settings))
     data = stage1.build_data(model, itertools.chain(known, more), settings.horizon, seed)
     if regime.kind != "video-rich":
         return data
@@ -205,6 +210,12 @@ def stage1_data(regime: Regime, places: Places, tasks: Sequence[str], progress: 
     pools = [(own_play(regime, places, tasks, progress), PLAY_SHARE), (labelled, 1.0 - PLAY_SHARE)]
     inverse = naming.fit(pools, STAGE1["default"].latent_noise, seed)
     return stage1.name_actions(inverse.read, data, keep=slice(len(known)))
+
+
+def _counted(part: str, items: Iterable[T], total: int, progress: Progress) -> Iterator[T]:
+    for number, item in enumerate(items, 1):
+        progress(part, number, total, {})
+        yield item
 
 
 def _train_adapters(regime: Regime, places: Places, tasks: Sequence[str], progress: Progress) -> Adapters:
@@ -258,15 +269,11 @@ def own_play(regime: Regime, places: Places, tasks: Sequence[str], progress: Pro
     name = hashlib.sha256(f"{_hash(base)} {seen_by} {sorted(tasks)}".encode()).hexdigest()
     path = base.parent / f"play-{name[:16]}.safetensors"
 
-    def counted(films: Iterable[naming.Film], total: int) -> Iterator[naming.Film]:
-        for number, film in enumerate(films, 1):
-            progress("play", number, total, {})
-            yield film
-
     if not path.exists():
         policy = TinyPolicy.load(base)
         arena = Arena(policy.action_std.numpy())
-        found = naming.windows(model, counted(naming.play(arena, policy, tasks), naming.PLAY_EPISODES * len(tasks)))
+        films = naming.play(arena, policy, tasks)
+        found = naming.windows(model, _counted("play", films, naming.PLAY_EPISODES * len(tasks), progress))
         arena.close()
         found.save(path)
     return Windows.load(path)
