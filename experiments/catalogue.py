@@ -21,7 +21,7 @@ SHIPPED = Regime()
 """Ablations are made here: its parts are all in zoo/, so that a clone is enough to compute them again (decision 043)."""
 STRENGTHS = (4, 10, 25, 60)
 PRACTISED = (4,)
-"""Base sizes at which the robot's own play is measured beside matched data; at 25 it was tried on tuning scenes (decision 045)."""
+"""Base sizes where the robot's own play is measured beside matched data; at 25 it was tried on tuning scenes (decision 045)."""
 SCALES = (0.25, 0.5, 1.0, 2.0)
 SEEN = ("door-open", "drawer-open", "pick-place", "reach")
 """Tasks of the cross-task split that are post-trained; chosen so that either side has hard and easy tasks."""
