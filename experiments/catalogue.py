@@ -281,7 +281,8 @@ EXPERIMENTS: dict[str, Experiment] = {
         "Gain against the base's strength",
         "video-rich: few labelled demonstrations, plenty of action-free video; matched: every part sees the same demonstrations; "
         "practised: matched, and world model and Stage 1 see the robot's own play too. "
-        "more-cloning is the base trained anew, seed by seed, on every label that any part has seen: the same ones in both.",
+        "more-cloning is the base trained anew, seed by seed, on every label that any part has seen, here the base's own: with "
+        "training seed 0 it is the base itself.",
         _regimes,
         "curve",
         axis="labelled demonstrations a task",

@@ -195,7 +195,8 @@ def card_text(model: WorldModel, card: dict[str, Any]) -> str:
         f"  {data['discarded']} episodes that the segmenter discards are used with the skills that were active while they ran",
         f"- command: `{command}`",
         f"- settings: {vae}; transformer {settings['transformer']}",
-        f"- seconds on {settings['threads']} thread(s), other work on the machine: {card['seconds']}",
+        f"- seconds on {'a GPU and ' if settings.get('device') == 'cuda' else ''}{settings['threads']} thread(s), "
+        f"other work on the machine: {card['seconds']}",
         "",
         f"Held out (split `validation`, {data['validation_episodes']} episodes):",
         "",

@@ -355,8 +355,11 @@ def _describe(episodes: Sequence[CutEpisode], discarded: int) -> dict[str, Any]:
 def main() -> None:
     """Command line; see `Settings`."""
     settings = tyro.cli(Settings, description=__doc__, config=(tyro.conf.EnumChoicesFromValues,))
-    with progress_display() as progress:
-        model = train_worldmodel(settings, progress)
+    try:
+        with progress_display() as progress:
+            model = train_worldmodel(settings, progress)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
     for name, value in model.card["metrics"].items():
         print(f"{name:32s} {value:.4f}")
 
