@@ -5,6 +5,7 @@ video-rich: n labelled demonstrations a task for everybody; the world model has 
     names the actions of the video with an inverse-dynamics model that has seen the n demonstrations and the robot at play, whose
     actions are known without any label (experiments/naming.py), and learns the predicted latents on those pseudo-actions.
 matched: n demonstrations a task for everybody, the world model too.
+pretrained: matched, but the world model has seen plenty of video of *other* tasks too, whose actions Stage 1 names likewise.
 practised: matched, and world model and Stage 1 see the robot's own play in new scenes too (experiments/practice.py): no label.
 Variants of any of them: Base-WM instead of Skill-WM (METHOD section 2), and Stage 1 of preset `paper`.
 """
@@ -39,9 +40,11 @@ from world2act.stage1 import Stage1Data
 from world2act.types import Clip, Episode, M, Skill
 
 T = TypeVar("T")
-Kind = Literal["shipped", "video-rich", "matched", "practised"]
-NO_VIDEO = ("matched", "practised")
-"""Kinds without video beside the labelled demonstrations: their world models are their own."""
+Kind = Literal["shipped", "video-rich", "matched", "pretrained", "practised"]
+OWN_WORLDMODEL = ("matched", "pretrained", "practised")
+"""Kinds without video of their tasks beside the labelled demonstrations: their world models are their own."""
+NAMED = ("video-rich", "pretrained")
+"""Kinds with video whose actions nobody labelled."""
 
 INVERSE_STEPS = 3000
 """Of the baselines' inverse dynamics: explains 0.854 of held-out experts' actions from imagined latents, 1,200 steps 0.843;
@@ -70,12 +73,14 @@ class Regime:
 
 @dataclass(frozen=True)
 class Places:
-    """out: results that are kept (cells); cache: parts that can be built again; demos: demonstrations; zoo: shipped weights."""
+    """out: results that are kept (cells); cache: parts that can be built again; demos: demonstrations; zoo: shipped weights;
+    more: video of other tasks."""
 
     out: Path = Path("docs/results")
     cache: Path = Path("data/experiments")
     demos: Path = Path("data/demos")
     zoo: Path = Path("zoo")
+    more: Path = Path("data/more")
 
     def part(self, regime: Regime, name: str) -> Path:
         """The weights file of a regime's part: base, worldmodel or adapters. One in zoo/<regime>/ is taken from there."""
@@ -86,7 +91,7 @@ class Places:
         if name == "base":  # does not depend on the rest
             folder = self.zoo if regime.kind == "shipped" else self.cache / f"cloned-{regime.demonstrations}"
         elif name == "worldmodel" and regime.worldmodel == "base":
-            folder = self.cache / (f"{plain.name}-base-wm" if regime.kind in NO_VIDEO else "base-wm")
+            folder = self.cache / (f"{plain.name}-base-wm" if regime.kind in OWN_WORLDMODEL else "base-wm")
         elif regime.kind == "shipped" and (name == "worldmodel" or regime == plain):
             folder = self.zoo
         elif name == "worldmodel":
@@ -187,24 +192,40 @@ def _cut(regime: Regime, episodes: Iterable[Episode], phases: Sequence[int]) -> 
         yield from cut_clips(episode, None if regime.worldmodel == "skill" else Segmentation((whole,), None, (), ()), phases)
 
 
+def video_of(regime: Regime, places: Places, tasks: Sequence[str]) -> list[Path]:
+    """Files of the regime's video beside its demonstrations. Raises ValueError where it has none at all."""
+    if regime.kind in ("matched", "practised"):
+        return []
+    if regime.kind == "pretrained":
+        root, make = places.more, f"--simulator metaworld-more --out {places.more}"
+        found = sorted((root / Split.WORLDMODEL.value).glob("*.hdf5"))
+    else:
+        root, make = places.demos, ""
+        found = [file for task in tasks if (file := root / Split.WORLDMODEL.value / f"{task}.hdf5").exists()]
+    if not found:
+        raise ValueError(f"video: none of split worldmodel under {root}; world2act demos --split worldmodel {make} makes it")
+    return found
+
+
 def stage1_data(regime: Regime, places: Places, tasks: Sequence[str], progress: Progress = no_progress) -> Stage1Data:
     """What Stage 1 of the regime learns from. video-rich: the demonstrations, and video named from them and the robot's own play;
-    matched: the demonstrations; practised: and the robot's own play; shipped: every demonstration of split worldmodel."""
+    pretrained: likewise, the video is of other tasks; matched: the demonstrations; practised: and the robot's own play;
+    shipped: every demonstration of split worldmodel."""
     settings, seed = STAGE1[regime.stage1], 0
     model = WorldModel.load(places.part(regime, "worldmodel"))
-    plenty = robomimic.read_root(places.demos, allowed=[Split.WORLDMODEL], tasks=tasks)
+    video = video_of(regime, places, tasks)
     demonstrations = [] if regime.kind == "shipped" else few(places, tasks, regime.demonstrations)
     known = list(_cut(regime, demonstrations, _phases(settings)))
     if regime.kind == "practised":
         own = robomimic.read_root(practised(regime, places, tasks, progress), allowed=[Split.POSTTRAIN], tasks=tasks)
         known += _cut(regime, own, _phases(settings))
     more: Iterable[Clip] = ()
-    if regime.kind not in NO_VIDEO:
-        files = (places.demos / Split.WORLDMODEL.value / f"{task}.hdf5" for task in tasks)
-        total = sum(robomimic.count_episodes(file) for file in files if file.exists())
+    if video:
+        total = sum(map(robomimic.count_episodes, video))
+        plenty = itertools.chain.from_iterable(robomimic.read_episodes(file, allowed=[Split.WORLDMODEL]) for file in video)
         more = _cut(regime, _counted("clips", plenty, total, progress), _phases(settings))
     data = stage1.build_data(model, itertools.chain(known, more), settings.horizon, seed)
-    if regime.kind != "video-rich":
+    if regime.kind not in NAMED:
         return data
     labelled = naming.windows(model, map(naming.film_of, demonstrations))
     pools = [(own_play(regime, places, tasks, progress), PLAY_SHARE), (labelled, 1.0 - PLAY_SHARE)]
@@ -292,14 +313,18 @@ def _phases(settings: Stage1Settings) -> range:
 
 
 def _train_worldmodel(regime: Regime, places: Places, tasks: Sequence[str], out: Path, progress: Progress = no_progress) -> None:
-    """The whole recipe. matched, practised: on the regime's own episodes, VAE too. Base-WM: with the VAE of its Skill-WM."""
+    """The whole recipe. Own world models: on the regime's own episodes, VAE too; pretrained: and on other tasks' video.
+    Base-WM: with the VAE of its Skill-WM."""
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_stem(f"{out.stem}-partial")  # training saves what it has: a stopped one must not pass for a whole one
     settings = worldmodel_training.Settings(places.demos, partial, tasks=tuple(tasks))
-    if regime.kind in NO_VIDEO:
+    if regime.kind in OWN_WORLDMODEL:
         settings = replace(settings, split=Split.BASE, limit=regime.demonstrations)
     if regime.kind == "practised":
         settings = replace(settings, own=practised(regime, places, tasks, progress))
+    if regime.kind == "pretrained":
+        video_of(regime, places, tasks)
+        settings = replace(settings, more=places.more)
     if regime.worldmodel == "base":
         skill = places.part(replace(regime, worldmodel="skill"), "worldmodel")
         if not skill.exists():

@@ -29,7 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from world2act import splits, worldmodel_metrics
 from world2act.console import Progress, no_progress, progress_display
-from world2act.data.clips import CutEpisode, LatentBank, median_first_frames, read_cut
+from world2act.data.clips import Cut, CutEpisode, LatentBank, median_first_frames, read_cut
 from world2act.models.vae import SEEN, VideoVAE, to_float
 from world2act.models.worldmodel import WorldModel, WorldModelConfig
 from world2act.optimisation import Device, Precision, autocast, device_of, warm_cosine
@@ -79,7 +79,8 @@ class Settings:
     """demos: folder of <split>/<task>.hdf5; out: weights file to write, with a card <name>.md beside it; vae_from: reuse the
     VAE of this world model; split: of the demonstrations; segmented: false trains on whole episodes with their instruction
     (Base-WM instead of Skill-WM); limit: demonstrations per task; own: folder of posttrain/<task>.hdf5, the robot's own episodes,
-    which train it too; max_horizon: latents ahead at most, for rollouts a whole skill;
+    which train it too; more: folder of worldmodel/<task>.hdf5, video of other tasks: about half of what is drawn, however little
+    the rest is; max_horizon: latents ahead at most, for rollouts a whole skill;
     device: what trains VAE and transformer; threads: CPU threads; probe_steps: training of the probe that measures how well
     latents carry actions."""
 
@@ -93,6 +94,7 @@ class Settings:
     segmented: bool = True
     split: Literal[Split.WORLDMODEL, Split.BASE] = Split.WORLDMODEL
     own: Path | None = None
+    more: Path | None = None
     noise_scale: float = 0.0
     max_horizon: int = 20
     device: Device = "auto"
@@ -110,7 +112,7 @@ class _Windows:
     ) -> None:
         self.episodes, self.settings, self.rng, self.device = episodes, settings, rng, device
         self.medians = {task: torch.from_numpy(m) for task, m in median_first_frames(episodes).items()}
-        sizes = np.array([max(1, len(e.frames) - SEEN + 1) for e in episodes], np.float64)
+        sizes = np.array([e.weight * max(1, len(e.frames) - SEEN + 1) for e in episodes], np.float64)
         self.chances = sizes / sizes.sum()
 
     def draw(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -295,6 +297,9 @@ def train_worldmodel(settings: Settings, progress: Progress = no_progress) -> Wo
     if settings.own is not None:
         own = read_cut(settings.own, [Split.POSTTRAIN], rows, settings.tasks, segmented=settings.segmented)
         cut = replace(cut, episodes=cut.episodes + own.episodes)
+    if settings.more is not None:
+        more = read_cut(settings.more, [Split.WORLDMODEL], rows, segmented=settings.segmented)
+        cut = Cut(mixed(cut.episodes, more.episodes), cut.discarded + more.discarded)
     held_out = read_cut(settings.demos, [Split.VALIDATION], rows, settings.tasks, segmented=settings.segmented)
     lap("read")
     metrics: dict[str, float] = {}
@@ -326,9 +331,8 @@ def train_worldmodel(settings: Settings, progress: Progress = no_progress) -> Wo
     )
     metrics |= worldmodel_metrics.action_probe(model, bank, held_bank, settings.seed, settings.probe_steps)
     lap("metrics")
-    vae_from = settings.vae_from and settings.vae_from.name
-    asked = asdict(settings) | {"demos": settings.demos.name, "out": settings.out.name, "vae_from": vae_from}
-    asked["device"] = device.type
+    asked = asdict(settings) | {"device": device.type}
+    asked |= {name: path.name for name, path in asked.items() if isinstance(path, Path)}
     card = {
         "data": _describe(cut.episodes, cut.discarded) | {"validation_episodes": len(held_out.episodes)},
         "settings": json.loads(json.dumps(asked, default=str)),
@@ -339,6 +343,17 @@ def train_worldmodel(settings: Settings, progress: Progress = no_progress) -> Wo
     settings.out.with_suffix(".vae.safetensors").unlink(missing_ok=True)
     settings.out.with_suffix(".md").write_text(worldmodel_metrics.card_text(model, card))
     return model
+
+
+def mixed(episodes: Sequence[CutEpisode], others: Sequence[CutEpisode]) -> list[CutEpisode]:
+    """All of them, with those of `episodes` weighing more if they are few: about half of what is drawn is theirs.
+
+    Raises ValueError where `others` show a task of `episodes`: it would not be another one.
+    """
+    if shared := sorted({e.task for e in episodes} & {e.task for e in others}):
+        raise ValueError(f"more: other tasks' video must not show {', '.join(shared)}")
+    weight = max(1, round(sum(len(e.frames) for e in others) / sum(len(e.frames) for e in episodes)))
+    return [*(replace(e, weight=weight) for e in episodes), *others]
 
 
 def _describe(episodes: Sequence[CutEpisode], discarded: int) -> dict[str, Any]:

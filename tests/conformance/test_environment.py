@@ -35,6 +35,14 @@ class Probe:
 
 PROBES = {
     "metaworld": Probe("drawer-open", up=2, forward=1, gripper=3, expert_tasks=("push", "drawer-open")),
+    "metaworld-more": Probe(
+        "window-open",
+        up=2,
+        forward=1,
+        gripper=3,
+        expert_tasks=("push-wall", "dial-turn"),
+        looked_at=("window-open", "hammer", "push-wall"),
+    ),
     "libero": Probe(
         MILK,
         up=2,
@@ -261,6 +269,7 @@ def test_truth_and_preview(env: base.Environment, probe: Probe) -> None:
             env.reset(task, scene_seed(Split.TUNING, 5))
             before = env.truth()
             assert {key.split("/")[0] for key in before} <= {"touch", "height", "joint"} and before
+            assert all(all(key.split("/")) for key in before), "every one has a name, or it cannot be written"
             assert all(value == 0 for key, value in before.items() if key.startswith("touch/"))
             states, truths = [], []
             for _ in range(env.spec.task(task).max_chunks):

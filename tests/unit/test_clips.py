@@ -61,6 +61,10 @@ def test_clips_start_only_where_a_whole_chunk_of_the_skill_follows() -> None:
     bank = LatentBank(LastFrameVAE(), [cut_episode(20, TWO_SKILLS)])
     assert bank.starts.tolist() == [0, 1, 2, 3, 4, *range(8, 17)]
     assert bank.batch(bank.starts, 1).mask.all()
+    heavy = LatentBank(
+        LastFrameVAE(), [cut_episode(4, (Skill("a", 0, 4),)), replace(cut_episode(8, (Skill("b", 0, 8),)), weight=2)]
+    )
+    assert heavy.starts.tolist() == [0, *(5 + start for start in range(5) for _ in range(2))]
     strided = LatentBank(LastFrameVAE(), [cut_episode(20, TWO_SKILLS)], stride=2)
     assert strided.starts.tolist() == [0, 2, 4, 8, 10, 12, 14, 16]
     whole, part = bank.batch(strided.starts, 3), strided.batch(strided.starts, 3)

@@ -52,10 +52,21 @@ def test_base_wm_is_trained_on_whole_episodes_with_the_vae_of_its_skill_wm(
     (tmp_path / "zoo").mkdir()
     (tmp_path / "zoo" / "worldmodel.safetensors").touch()
     monkeypatch.setattr(regimes, "practised", lambda *_: tmp_path / "own")
-    for regime in (Regime("video-rich", 4, "base"), Regime("matched", 10, "base"), Regime("practised", 4)):
+    elsewhere = Regime("pretrained", 25)
+    with pytest.raises(ValueError, match=r"video: none .*metaworld-more"):
+        regimes._train_worldmodel(elsewhere, replace(places, more=tmp_path), ["reach"], tmp_path / "worldmodel.safetensors")
+    video = tmp_path / "more" / "worldmodel" / "hammer.hdf5"
+    video.parent.mkdir(parents=True)
+    video.touch()
+    places = replace(places, more=tmp_path / "more")
+    assert regimes.video_of(elsewhere, places, ["reach"]) == [video] and not regimes.video_of(
+        Regime("matched"), places, ["reach"]
+    )
+    for regime in (Regime("video-rich", 4, "base"), Regime("matched", 10, "base"), Regime("practised", 4), elsewhere):
         regimes._train_worldmodel(regime, places, ["reach"], places.part(regime, "worldmodel"))
         assert places.part(regime, "worldmodel").exists()
-    rich, skill, matched, practised = trained
+    rich, skill, matched, practised, pretrained = trained
+    assert (pretrained.split, pretrained.limit, pretrained.more) == (Split.BASE, 25, places.more) and matched.more is None
     assert (practised.split, practised.limit, practised.own) == (Split.BASE, 4, tmp_path / "own") and matched.own is None
     assert not {settings.out for settings in trained} & set(tmp_path.rglob("*.safetensors")), (
         "half-trained weights have a name of their own"

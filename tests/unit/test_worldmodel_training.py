@@ -19,7 +19,7 @@ from world2act.models.worldmodel import WorldModel, WorldModelConfig
 from world2act.optimisation import device_of
 from world2act.splits import LeakageError, Split
 from world2act.types import Episode, Skill
-from world2act.worldmodel_training import TransformerSettings, VAESettings, _Windows, train_transformer, train_vae
+from world2act.worldmodel_training import TransformerSettings, VAESettings, _Windows, mixed, train_transformer, train_vae
 
 SMALL = WorldModelConfig(vae=VAEConfig(widths=(8, 8, 16)), heads=2, head_width=24, layers=1, text_width=8, adaln_width=8)
 
@@ -75,6 +75,17 @@ def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     assert device_of("auto").type == "cpu"
     with pytest.raises(ValueError, match="device: cuda"):
         device_of("cuda")
+
+
+def test_few_demonstrations_weigh_as_much_as_other_tasks_video() -> None:
+    own, other = moving_block(1), [replace(moving_block(-1, index=i), task="another") for i in range(6)]
+    both = mixed([own, own], other)
+    assert [e.weight for e in both] == [3, 3, *[1] * 6] and both[2:] == other
+    windows = _Windows(both, VAESettings(), np.random.default_rng(0), torch.device("cpu"))
+    assert windows.chances[:2].sum() == pytest.approx(0.5)
+    assert [e.weight for e in mixed(other, [own])] == [1] * 7, "never less than once"
+    with pytest.raises(ValueError, match=r"more: .* must not show move"):
+        mixed([own], [own])
 
 
 def test_vae_learns_and_latents_are_normalised(trained: tuple[WorldModel, LatentBank, list[float]]) -> None:

@@ -97,7 +97,8 @@ def _clip(episode: Episode, grid: ImageArray, skill: Skill) -> Clip:
 
 @dataclass(frozen=True)
 class CutEpisode:
-    """One demonstration and its skills. frames: uint8 (T+1, rows, W, 3), the active rows of the camera grid."""
+    """One demonstration and its skills. frames: uint8 (T+1, rows, W, 3), the active rows of the camera grid; weight: how many
+    times it counts where training draws."""
 
     task: str
     split: str
@@ -107,6 +108,7 @@ class CutEpisode:
     actions: FloatArray
     intended: BoolArray
     skills: tuple[Skill, ...]
+    weight: int = 1
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,8 @@ class LatentBank:
 
     still (N, C, h, w): frame t alone. moving (N, C, h, w): frames t .. t+M. ends (N,): the frame at which the skill active at t
     ends. chunks (N, M, A): the actions from t on. wanted (N,): whether all of them are intended: what a disturbance did is seen
-    as a state to start from, never as something to predict. starts: the frames from which a whole, wanted chunk fits.
+    as a state to start from, never as something to predict. starts: the frames from which a whole, wanted chunk fits, each
+    as often as its episode weighs.
     """
 
     def __init__(self, vae: VideoVAE, episodes: Sequence[CutEpisode], stride: int = 1, progress: Progress = no_progress) -> None:
@@ -195,7 +198,9 @@ class LatentBank:
             self._label(episode, int(offset), allowed)
             self._encode(vae, episode, int(offset))
             progress("latents", number + 1, len(episodes), {})
-        self.starts = (allowed & self.wanted).nonzero()[:, 0]
+        weights = torch.tensor([e.weight for e in episodes]).repeat_interleave(torch.tensor(sizes))
+        starts = (allowed & self.wanted).nonzero()[:, 0]
+        self.starts = starts.repeat_interleave(weights[starts])
 
     def _label(self, episode: CutEpisode, offset: int, allowed: torch.Tensor) -> None:
         for skill in episode.skills:

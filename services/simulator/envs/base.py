@@ -25,6 +25,7 @@ Frames = Literal["last", "none", "all"]
 REGISTRY: dict[str, str] = {
     "libero": "services.simulator.envs.libero:LiberoEnvironment",
     "metaworld": "services.simulator.envs.metaworld:MetaworldEnvironment",
+    "metaworld-more": "services.simulator.envs.metaworld:MoreMetaworldEnvironment",
     "robocasa": "services.simulator.envs.robocasa:RobocasaEnvironment",
     "robocasa365": "services.simulator.envs.robocasa:Robocasa365Environment",
 }

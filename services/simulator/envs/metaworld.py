@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mujoco
@@ -43,10 +43,12 @@ OPEN_WIDTH = 0.0883  # metres between the inner faces of the pads after reset; m
 EMPTY_WIDTH, OPENED_WIDTH = 0.0205, 0.06  # metres: what is closer holds nothing (a puck: 0.025 at least); wide enough to grasp
 HOVER = np.array([0.0, 0.0, 0.1])  # metres above the puck
 GRASP_TASKS = ("push", "pick-place")
+MORE_CHUNKS = 24  # twice what the other tasks' experts need, and some wandering
 PADS = ("leftpad", "rightpad")
 PAD_THICKNESS = 0.006  # both pads' half thickness, from the inner faces to the pads' centres
 START_LOW, START_HIGH = (-0.1, -0.1, 0.0), (0.1, 0.05, 0.1)  # metres from Meta-World's start; wider, door-open's expert fails
-GOAL_TASKS = ("reach", "push", "pick-place")  # the goal is a free point, seen only by its marker
+WALLED_TASKS = ("reach-wall", "push-wall", "pick-place-wall", "push-back")
+GOAL_TASKS = ("reach", "push", "pick-place", *WALLED_TASKS)  # the goal is a free point, seen only by its marker
 GOAL_RADIUS = 0.04
 POST_RADIUS = 0.012
 GOAL_COLOUR = (0.0, 1.0, 0.0, 1.0)
@@ -72,6 +74,53 @@ TASKS = (
     TaskSpec("door-open", "open the door", 18),
 )
 
+MORE = {
+    "assembly": "pick up the wrench and place it on the peg",
+    "basketball": "pick up the ball and place it in the basket",
+    "bin-picking": "pick up the cube and place it in the other bin",
+    "box-close": "pick up the lid and place it on the box",
+    "button-press-topdown": "press the button from above",
+    "button-press-topdown-wall": "press the button behind the wall from above",
+    "button-press-wall": "press the button behind the wall",
+    "coffee-button": "press the button on the coffee machine",
+    "coffee-pull": "pull the mug from the coffee machine",
+    "coffee-push": "push the mug to the coffee machine",
+    "dial-turn": "turn the dial",
+    "disassemble": "pick up the wrench from the peg",
+    "door-close": "close the door",
+    "door-lock": "lock the door",
+    "door-unlock": "unlock the door",
+    "hand-insert": "reach into the hole",
+    "faucet-open": "open the faucet",
+    "faucet-close": "close the faucet",
+    "hammer": "hit the nail with the hammer",
+    "handle-press-side": "press the handle from the side",
+    "handle-press": "press the handle",
+    "handle-pull-side": "pull the handle from the side",
+    "handle-pull": "pull the handle",
+    "lever-pull": "pull the lever",
+    "pick-place-wall": "pick up the puck and place it behind the wall at the green goal",
+    "pick-out-of-hole": "pick up the puck from the hole",
+    "plate-slide": "slide the plate into the cabinet",
+    "plate-slide-side": "slide the plate into the cabinet at the side",
+    "plate-slide-back": "slide the plate out of the cabinet",
+    "plate-slide-back-side": "slide the plate out of the cabinet at the side",
+    "peg-insert-side": "pick up the peg and insert it in the hole",
+    "peg-unplug-side": "unplug the peg from the hole",
+    "soccer": "push the ball to the net",
+    "stick-push": "push the thermos with the stick",
+    "stick-pull": "pull the thermos with the stick",
+    "push-wall": "push the puck to the green goal behind the wall",
+    "push-back": "push the puck to the green goal at the front",
+    "reach-wall": "reach the green goal behind the wall",
+    "shelf-place": "pick up the cube and place it on the shelf",
+    "sweep-into": "sweep the cube into the hole",
+    "sweep": "sweep the cube off the table",
+    "window-open": "open the window",
+    "window-close": "close the window",
+}
+"""Meta-World's other tasks and how we ask for them: nothing here is evaluated; a world model can learn from their video."""
+
 SPEC = EnvironmentSpec(
     simulator="metaworld",
     cameras=(Camera("primary", SIZE, SIZE, 0), Camera("wrist", SIZE, SIZE, 1)),
@@ -88,6 +137,8 @@ SPEC = EnvironmentSpec(
     gripper_width_index=3,
     tasks=TASKS,
 )
+MORE_TASKS = tuple(TaskSpec(name, text, MORE_CHUNKS) for name, text in MORE.items())
+MORE_SPEC = replace(SPEC, simulator="metaworld-more", tasks=MORE_TASKS)
 
 
 @dataclass
@@ -222,6 +273,13 @@ class MetaworldEnvironment(Environment):
                 add_post(renderer.scene, scene.env.model.site("goal").pos)
             images[camera] = renderer.render().copy()
         return images
+
+
+class MoreMetaworldEnvironment(MetaworldEnvironment):
+    """The other 43 of Meta-World's 50 tasks, with the same arm, cameras and actions."""
+
+    def describe(self) -> EnvironmentSpec:
+        return MORE_SPEC
 
 
 def build_scene(task: str) -> Scene:

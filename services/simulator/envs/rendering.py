@@ -61,7 +61,7 @@ def touch_and_joints(model: mujoco.MjModel, data: mujoco.MjData, left: set[int],
         body = int(model.jnt_bodyid[joint])
         if model.body_rootid[body] == arm:
             continue
-        name = model.body(body).name
+        name = model.body(body).name or f"body {body}"
         truth[f"touch/{name}"] = float(sum(body in found for found in touched))
         if model.jnt_type[joint] == mujoco.mjtJoint.mjJNT_FREE:
             truth[f"height/{name}"] = float(data.xpos[body, 2])
