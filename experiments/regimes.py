@@ -315,8 +315,8 @@ def _phases(settings: Stage1Settings) -> range:
 def _train_worldmodel(regime: Regime, places: Places, tasks: Sequence[str], out: Path, progress: Progress = no_progress) -> None:
     """The whole recipe. Own world models: on the regime's own episodes, VAE too; pretrained: and on other tasks' video.
     Base-WM: with the VAE of its Skill-WM."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_stem(f"{out.stem}-partial")  # training saves what it has: a stopped one must not pass for a whole one
+    partial = out.parent / "partial" / out.name  # training saves what it has: a stopped one must not pass for a whole one
+    partial.parent.mkdir(parents=True, exist_ok=True)
     settings = worldmodel_training.Settings(places.demos, partial, tasks=tuple(tasks))
     if regime.kind in OWN_WORLDMODEL:
         settings = replace(settings, split=Split.BASE, limit=regime.demonstrations)
@@ -331,4 +331,5 @@ def _train_worldmodel(regime: Regime, places: Places, tasks: Sequence[str], out:
             _train_worldmodel(replace(regime, worldmodel="skill"), places, tasks, skill, progress)
         settings = replace(settings, segmented=False, vae_from=skill)
     worldmodel_training.train_worldmodel(settings, progress)
-    partial.replace(out)
+    for file in partial.parent.glob(f"{out.stem}.*"):  # the weights and their card
+        file.replace(out.parent / file.name)
