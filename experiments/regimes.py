@@ -242,8 +242,17 @@ def _counted(part: str, items: Iterable[T], total: int, progress: Progress) -> I
 def _train_adapters(regime: Regime, places: Places, tasks: Sequence[str], progress: Progress) -> Adapters:
     data = stage1_data(regime, places, tasks, progress)
     _keep(data, _kept(regime, places))
+    data = half_own(data, tasks)
     settings = STAGE1[regime.stage1]
     return stage1.train(data, settings, 0, lambda step, of, terms: progress("Stage 1", step, of, {"loss": terms["loss"]}))[0]
+
+
+def half_own(data: Stage1Data, tasks: Sequence[str]) -> Stage1Data:
+    """Where clips of other tasks outnumber those of `tasks`, these are repeated: half of what is drawn is theirs, as in the world
+    model's training (worldmodel_training.mixed)."""
+    own = torch.tensor([name in tasks for name in data.task_names])[data.tasks]
+    times = max(1, round(int((~own).sum()) / int(own.sum())))
+    return data if times == 1 else data.rows(torch.arange(len(own)).repeat_interleave(torch.where(own, times, 1)))
 
 
 def stage1_windows(regime: Regime, places: Places, tasks: Sequence[str]) -> tuple[Windows, Windows]:

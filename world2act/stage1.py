@@ -71,8 +71,8 @@ class Stage1Data:
     def __len__(self) -> int:
         return len(self.true)
 
-    def rows(self, which: slice) -> Stage1Data:
-        """Some of the clips."""
+    def rows(self, which: slice | Tensor) -> Stage1Data:
+        """Some of the clips; numbers int64 (B,) may name one more than once."""
         per_clip = ("true", "predicted", "actions", "mask", "intended", "tasks", "skills")
         return replace(self, **{name: getattr(self, name)[which] for name in per_clip})
 

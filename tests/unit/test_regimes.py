@@ -55,6 +55,15 @@ def test_each_regime_takes_its_own_parts() -> None:
     assert PLACES.part(Regime("matched", 25), "base") != PLACES.part(matched, "base")
 
 
+def test_other_tasks_do_not_drown_the_own_ones() -> None:
+    data = known_world(clips=20)  # of tasks a and b in turn
+    assert regimes.half_own(data, ["a", "b"]) is data
+    few = data.rows(torch.tensor([0, *range(1, 20, 2)]))
+    drawn = regimes.half_own(few, ["a"])
+    assert drawn.tasks.tolist() == [0] * 10 + [1] * 10 and (drawn.true[:10] == few.true[0]).all()
+    assert torch.equal(drawn.actions[10:], few.actions[1:])
+
+
 def test_own_rollouts_use_scenes_that_no_method_meets() -> None:
     met = {spec.index for spec in schedule.plan(STAGE2["default"], ["reach"], seed=4)}
     for seed, count in ((naming.PLAY_SEED, naming.PLAY_EPISODES), (practice.SEED, practice.EPISODES)):
