@@ -58,11 +58,12 @@ class Options:
     cache: Annotated[Path, arg(help="weights of the regimes, built where they are missing")] = Path("data/experiments")
     demos: Annotated[Path, arg(help="demonstrations, <split>/<task>.hdf5")] = Path("data/demos")
     zoo: Annotated[Path, arg(help="shipped weights")] = Path("zoo")
+    more: Annotated[Path, arg(help="video of other tasks, for regime pretrained")] = Path("data/more")
 
     def places(self) -> Places:
         """Folders. Tuning results never lie beside those that are reported."""
         default = Path("docs/results") if self.split == "evaluation" else self.cache / "tuning"
-        return Places(self.out or default, self.cache, self.demos, self.zoo)
+        return Places(self.out or default, self.cache, self.demos, self.zoo, self.more)
 
     def command(self) -> str:
         """The command line that gives the same cells; folders are left out."""

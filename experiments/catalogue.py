@@ -23,7 +23,7 @@ STRENGTHS = (4, 10, 25, 60)
 MEASURED_AT: dict[Kind, tuple[int, ...]] = {
     "video-rich": STRENGTHS,
     "matched": STRENGTHS,
-    "pretrained": (4, 10, 25),
+    "pretrained": (4,),
     "practised": (4,),
 }
 """Base sizes of each kind of regime; own play at 25 was tried on tuning scenes (decision 045)."""
