@@ -342,3 +342,4 @@ def _train_worldmodel(regime: Regime, places: Places, tasks: Sequence[str], out:
     worldmodel_training.train_worldmodel(settings, progress)
     for file in partial.parent.glob(f"{out.stem}.*"):  # the weights and their card
         file.replace(out.parent / file.name)
+    partial.parent.rmdir()

@@ -176,6 +176,9 @@ def card_text(model: WorldModel, card: dict[str, Any]) -> str:
     parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
     method = "Regression" if model.config.noise_scale == 0 else "Flow matching"
     command = f"python -m world2act.worldmodel_training --demos DEMOS --out {settings['out']} --seed {settings['seed']}"
+    for name, usual in (("split", "worldmodel"), ("limit", None), ("own", None), ("more", None)):
+        if settings.get(name, usual) != usual:
+            command += f" --{name} {settings[name]}"
     vae = f"VAE {settings['vae']}"
     if not settings["segmented"]:
         command += " --no-segmented"

@@ -348,8 +348,10 @@ def train_worldmodel(settings: Settings, progress: Progress = no_progress) -> Wo
 def mixed(episodes: Sequence[CutEpisode], others: Sequence[CutEpisode]) -> list[CutEpisode]:
     """All of them, with those of `episodes` weighing more if they are few: about half of what is drawn is theirs.
 
-    Raises ValueError where `others` show a task of `episodes`: it would not be another one.
+    Raises ValueError where there is none, or `others` show a task of `episodes`: it would not be another one.
     """
+    if not episodes:
+        raise ValueError("episodes: none is left after segmentation")
     if shared := sorted({e.task for e in episodes} & {e.task for e in others}):
         raise ValueError(f"more: other tasks' video must not show {', '.join(shared)}")
     weight = max(1, round(sum(len(e.frames) for e in others) / sum(len(e.frames) for e in episodes)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -39,10 +40,10 @@ def episode(index: int, task: str = "reach", split: Split = Split.BASE, actions:
     return Episode(task, split.value, index, "reach the green goal", images, states, widths, moves, True)
 
 
-def write(root: Path, split: Split, count: int) -> None:
-    with EpisodeWriter(root / split.value / "reach.hdf5", split=split, env_args=SPEC.env_args("reach")) as writer:
+def write(root: Path, split: Split, count: int, task: str = "reach") -> None:
+    with EpisodeWriter(root / split.value / f"{task}.hdf5", split=split, env_args=SPEC.env_args("reach")) as writer:
         for index in range(count):
-            writer.write(episode(index, split=split))
+            writer.write(episode(index, task, split))
 
 
 def test_each_regime_takes_its_own_parts() -> None:
@@ -137,6 +138,29 @@ def test_actions_named_from_video_replace_the_labels() -> None:
     partly = stage1.name_actions(inverse.read, hidden, keep=slice(5))
     assert torch.equal(partly.actions[:5], hidden.actions[:5]) and torch.equal(partly.actions[5:], blind.actions[5:])
     assert torch.equal(partly.rows(slice(5)).actions, hidden.actions[:5]) and len(partly.rows(slice(5))) == 5
+
+
+def test_pretrained_names_the_actions_of_other_tasks_and_keeps_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places = Places(cache=tmp_path, demos=tmp_path / "demos", more=tmp_path / "more")
+    write(places.demos, Split.BASE, 3)
+    write(places.demos, Split.WORLDMODEL, 1)  # video of its own tasks: not for this regime
+    write(places.more, Split.WORLDMODEL, 2, "hammer")
+    seen: list[tuple[str, str]] = []
+
+    def build(model: object, clips: Any, *rest: Any) -> stage1.Stage1Data:
+        seen.extend((clip.task, clip.split) for clip in clips)
+        return known_world(clips=len(seen))
+
+    named = SimpleNamespace(read=lambda latents: torch.full((*latents.shape[:2], 4, 4), 7.0))
+    monkeypatch.setattr(regimes.WorldModel, "load", lambda path: None)
+    monkeypatch.setattr(stage1, "build_data", build)
+    monkeypatch.setattr(regimes, "own_play", lambda *_: None)
+    monkeypatch.setattr(naming, "windows", lambda *_: None)
+    monkeypatch.setattr(naming, "fit", lambda *_: named)
+    data = regimes.stage1_data(Regime("pretrained", 2), places, ["reach"])
+    own = seen.count(("reach", "base"))
+    assert seen == [("reach", "base")] * own + [("hammer", "worldmodel")] * own and own
+    assert (data.actions[own:] == 7.0).all() and (data.actions[:own].abs() <= 1.0).all()
 
 
 def test_what_stage_1_has_seen_is_kept_for_who_learns_from_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

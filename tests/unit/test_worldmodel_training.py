@@ -164,11 +164,12 @@ ENV_ARGS = {
 }
 
 
-def write_demonstrations(root: Path, split: Split) -> None:
-    with EpisodeWriter(root / split.value / "reach.hdf5", split=split, env_args=ENV_ARGS) as writer:
+def write_demonstrations(root: Path, split: Split, task: str = "reach") -> None:
+    with EpisodeWriter(root / split.value / f"{task}.hdf5", split=split, env_args=ENV_ARGS) as writer:
         for index in range(2):
             e = demonstration(split.value, 0.5 - index)
-            writer.write(replace(e, index=index, widths=np.full(9, 0.09, np.float32), instruction="reach the green goal"))
+            e = replace(e, task=task, index=index, widths=np.full(9, 0.09, np.float32), instruction="reach the green goal")
+            writer.write(e)
 
 
 def test_whole_recipes_write_weights_and_cards(tmp_path: Path) -> None:
@@ -186,6 +187,12 @@ def test_whole_recipes_write_weights_and_cards(tmp_path: Path) -> None:
     assert loaded.hash == model.hash and loaded.card["data"]["tasks"] == {"reach": 2}
     assert {"action_r2_predicted", "error_vs_copy_at_1", "reconstruction_psnr_db"} <= set(loaded.card["metrics"])
     assert model.hash in (tmp_path / "worldmodel.md").read_text()
+    write_demonstrations(tmp_path / "more", Split.WORLDMODEL, "hammer")
+    elsewhere = replace(settings, out=tmp_path / "wide.safetensors", split=Split.BASE, limit=1, more=tmp_path / "more")
+    wide = worldmodel_training.train_worldmodel(elsewhere)
+    card = (tmp_path / "wide.md").read_text()
+    assert wide.card["data"]["tasks"] == {"hammer": 2, "reach": 1} and "--split base --limit 1 --more more`" in card
+    assert str(tmp_path) not in card, "no path of this machine"
     assert not list(tmp_path.glob("*.vae.safetensors"))
     policy = train_base(Settings(demos=tmp_path, out=tmp_path / "base.safetensors", steps=2, per_task=1))
     assert TinyPolicy.load(tmp_path / "base.safetensors").hash == policy.hash

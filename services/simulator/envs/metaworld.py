@@ -1,5 +1,7 @@
 """Meta-World (`metaworld` 3.1, MuJoCo): a Sawyer arm over a table, seven tasks, two 64x64 cameras.
 
+Simulator `metaworld-more` is the other 43 tasks of Meta-World, whose video a world model can learn from.
+
 Control: an action (dx, dy, dz, gripper) in [-1, 1] is held for two simulator steps of 12.5 ms (40 actions a second);
 gripper +1 closes, -1 opens. A scene is a function of (task, seed): objects and goals are drawn from Meta-World's own ranges, and
 the hand's start from a box around Meta-World's single start pose (START_LOW, START_HIGH). With one start pose, four
@@ -47,8 +49,8 @@ MORE_CHUNKS = 24  # twice what the other tasks' experts need, and some wandering
 PADS = ("leftpad", "rightpad")
 PAD_THICKNESS = 0.006  # both pads' half thickness, from the inner faces to the pads' centres
 START_LOW, START_HIGH = (-0.1, -0.1, 0.0), (0.1, 0.05, 0.1)  # metres from Meta-World's start; wider, door-open's expert fails
-WALLED_TASKS = ("reach-wall", "push-wall", "pick-place-wall", "push-back")
-GOAL_TASKS = ("reach", "push", "pick-place", *WALLED_TASKS)  # the goal is a free point, seen only by its marker
+# The goal is a free point, seen only by its marker.
+GOAL_TASKS = ("reach", "push", "pick-place", "reach-wall", "push-wall", "pick-place-wall", "push-back")
 GOAL_RADIUS = 0.04
 POST_RADIUS = 0.012
 GOAL_COLOUR = (0.0, 1.0, 0.0, 1.0)
