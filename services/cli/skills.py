@@ -19,7 +19,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -82,10 +82,17 @@ class BuildSettings:
     """Go on where an earlier run stopped."""
 
 
+def asked_model(settings: BuildSettings) -> str | None:
+    """Name of the language model that this run asks, None if it asks none."""
+    model = LLMSettings()
+    return model.llm_model if settings.planner == "llm" or (settings.score and model.llm_configured) else None
+
+
 def make_model() -> Model:
     """Planner and aligner of the configured language model."""
     settings = LLMSettings()
     asker, _ = make_asker(settings, ArtifactStore(settings.artifacts_url))
+    asker = replace(asker, refused={})  # episodes of one task share a question
     return LLMPlanner(asker), LLMAligner(asker)
 
 
@@ -125,6 +132,7 @@ def begin(settings: BuildSettings, source: Source, recipe: Recipe) -> Path:
         "formats": list(settings.formats),
         "cue": settings.cue,
         "planner": settings.planner,
+        "model": asked_model(settings),
         "score": settings.score,
         "tolerances": list(settings.tolerances),
         "limit": settings.limit,
@@ -166,12 +174,10 @@ def cut_all(settings: BuildSettings, source: Source, recipe: Recipe, folder: Pat
         "tolerances": settings.tolerances if settings.score else (),
         "by_model": settings.planner == "llm",
     }
-    asked = settings.planner == "llm" or (settings.score and LLMSettings().llm_configured)
+    asked = asked_model(settings)
     arguments = (source, recipe, options, make_model if asked else None)
     if asked:
-        progress.console.print(
-            f"asking {LLMSettings().llm_model} at {LLMSettings().llm_base_url}, in one process", highlight=False
-        )
+        progress.console.print(f"asking {asked} at {LLMSettings().llm_base_url}, in one process", highlight=False)
     with journal.open("a", encoding="utf-8") as lines:
         for key, result in in_order(left, start_cutting, arguments, 1 if asked else settings.workers):
             record = result or {"key": key, "skipped": f"{key}: the process that read it died of it"}
@@ -224,9 +230,7 @@ def summary(settings: BuildSettings, folder: Path, refused: list[str], seconds: 
             scores[method] = scores[method] + score if method in scores else score
     read = (r for r in records(folder) if "skipped" not in r)
     statistics = summarise(Segmentation.from_json(r["segmentation"]) for r in read)
-    missing = {
-        m: NO_MODEL if m == MODEL and not LLMSettings().llm_configured else "not run: the source lacks it" for m in METHODS
-    }
+    missing = {m: NO_MODEL if m == MODEL and not asked_model(settings) else "not run: the source lacks it" for m in METHODS}
     return {
         **json.loads((folder / BEGUN).read_text(encoding="utf-8")),
         "command": "world2act build-skills " + shlex.join(sys.argv[1:]),

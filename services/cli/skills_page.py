@@ -25,6 +25,7 @@ from services.cli.figures import svg
 from services.cli.report import STYLE, table, text
 from services.cli.skills import EPISODES, SUMMARY, records
 from world2act.data.formats import FormatError, Source
+from world2act.segmentation.comparison import MODEL
 from world2act.segmentation.scoring import Score
 from world2act.skillset import moments
 
@@ -33,7 +34,7 @@ Summary = Mapping[str, Any]
 SHEET_SKILLS, SHEET_CLIPS = 10, 2
 LENGTHS, SHEET, PAGE = "lengths.png", "contact-sheet.png", "index.html"
 PAPER = "sync rate 96.2 % RoboCasa, 86.9 % LIBERO; density ratio +17 % RoboCasa, +72 % LIBERO"
-SCORE_HEADER = ("method", "episodes", "boundary F1", "precision", "recall", "mean error", "labels right")
+SCORE_HEADER = ("method", "episodes", "cut", "boundary F1", "precision", "recall", "mean error", "labels right")
 COUNT_HEADER = ("data", "episodes in", "skipped", "cut", "clips out", "sync rate", "median length", "density ratio")
 
 
@@ -59,7 +60,9 @@ def score_rows(summary: Summary) -> list[list[str]]:
             continue
         score = Score.from_json(content)
         each = [" / ".join(f"{getattr(b, part):.2f}" for b in score.boundaries) for part in ("f1", "precision", "recall")]
-        rows.append([method, str(score.episodes), *each, f"{score.boundaries[-1].mean_error:.1f}", percent(score.label_accuracy)])
+        name = f"{method} ({summary['model']})" if method == MODEL else method
+        last = (f"{score.boundaries[-1].mean_error:.1f}", percent(score.label_accuracy))
+        rows.append([name, str(score.episodes), str(score.cut), *each, *last])
     return rows
 
 
@@ -68,7 +71,8 @@ def score_note(summary: Summary) -> str:
     at = " / ".join(map(str, summary["tolerances"]))
     return (
         f"Boundaries within {at} frames of the simulator's truth; mean error of those within the widest, in frames; labels: "
-        f"share of actions with the true prompt. {summary['unscored']} episodes have no truth to score against."
+        "share of actions with the true prompt; cut: episodes that were not discarded. "
+        f"{summary['unscored']} episodes have no truth to score against."
     )
 
 

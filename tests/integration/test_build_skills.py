@@ -113,11 +113,17 @@ def test_a_killed_run_leaves_no_process_and_resumes_to_the_same_bytes(tmp_path: 
     assert contents(tmp_path / "again") == contents(tmp_path / "whole")
 
 
-def test_truth_is_scored_and_runs_are_gathered_into_one_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = foreign.write_own(tmp_path, [world(0), world(1)])
-    with h5py.File(tmp_path / "own.hdf5", "a") as file:
+def with_truth(folder: Path) -> Path:
+    """Two episodes of ours; of the first it is known that the can is touched from frame 14 on."""
+    source = foreign.write_own(folder, [world(0), world(1)])
+    with h5py.File(folder / "own.hdf5", "a") as file:
         file["data/demo_0/truth/touch/can"] = np.where(np.arange(STEPS + 1) >= 14, 2, 0).astype(np.float32)
         file["data/demo_0/truth/height/can"] = np.arange(STEPS + 1, dtype=np.float32) / 100
+    return source
+
+
+def test_truth_is_scored_and_runs_are_gathered_into_one_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = with_truth(tmp_path)
     out = tmp_path / "run-a"
     assert run(monkeypatch, "--source", source, "--out", out, "--score", "--formats", "clips", "--workers", 1) == 0
     scores = summary(out)["scores"]
@@ -158,6 +164,24 @@ def test_the_language_model_plans_and_is_scored_where_an_endpoint_is_configured(
     finally:
         server.close()
     assert (tmp_path / "b.partial").is_dir() and not (tmp_path / "b").exists()
+
+
+def test_a_model_whose_answers_are_all_refused_is_scored_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server()
+    server.turns = [said("Sure! First, pick up the can.")] * 3
+    settings = {"LLM_BASE_URL": server.url, "LLM_MODEL": "parrot", "LLM_ATTEMPTS": "3"}
+    for name, value in {**settings, "RUN_DIR": str(tmp_path), "ARTIFACTS_URL": f"file://{tmp_path}/artifacts"}.items():
+        monkeypatch.setenv(f"W2A_{name}", value)
+    out = tmp_path / "run-a"
+    try:
+        source = with_truth(tmp_path)
+        assert run(monkeypatch, "--source", source, "--out", out, "--score", "--workers", 1) == 0
+    finally:
+        server.close()
+    assert len(server.requests) == 3 and summary(out)["statistics"]["synced"] == 2, "the rules have cut"
+    monkeypatch.setattr(sys, "argv", ["skills-report", str(out), "--out", str(tmp_path / "skills.md")])
+    assert skills_page.main() == 0
+    assert "| events + LLM (parrot) | 1 | 0 | 0.00 / 0.00 |" in (tmp_path / "skills.md").read_text()
 
 
 @pytest.mark.parametrize(

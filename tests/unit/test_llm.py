@@ -273,6 +273,17 @@ def test_attempts_are_bounded() -> None:
     assert len(complete.asked) == 3
 
 
+def test_a_question_given_up_is_not_paid_for_again_where_that_is_wished() -> None:
+    complete = Scripted(*["no"] * 6)
+    planner = LLMPlanner(Asker(complete, attempts=3, refused={}))
+    reasons = []
+    for instruction in (PICK, PICK, "open the drawer"):
+        with pytest.raises(AnswerRejectedError) as found:
+            planner.plan(instruction)
+        reasons.append(str(found.value))
+    assert len(complete.asked) == 6 and reasons[0] == reasons[1]
+
+
 def test_a_truncated_answer_is_rejected_even_where_it_parses() -> None:
     plan = plan_of(Completion(json.dumps(GOOD_PLAN), truncated=True), GOOD_PLAN)
     assert plan.task == "pick-place"

@@ -153,14 +153,16 @@ def question_key(model: str, messages: Messages, schema: Mapping[str, Any]) -> s
 class Asker:
     """Asks until an answer passes its check: `attempts` answers at most, each rejection fed back.
 
-    memory: accepted answers, by question (they are checked again when recalled). log: takes one JSON-ready record per answer:
-    key, model, messages, schema, answer, rejected (why, or null), cached, tokens, seconds.
+    memory: accepted answers, by question (they are checked again when recalled). refused: why questions were given up, so that
+    none is asked, and paid for, again; None: each time anew. log: takes one JSON-ready record per answer: key, model, messages,
+    schema, answer, rejected (why, or null), cached, tokens, seconds.
     """
 
     complete: Complete
     model: str = ""
     attempts: int = 3
     memory: Memory = field(default_factory=InProcess)
+    refused: dict[str, str] | None = None
     log: Callable[[dict[str, Any]], None] = lambda record: None
 
     def ask(self, messages: Messages, answer: type[BaseModel], check: Callable[[Any], Value]) -> Value:
@@ -175,6 +177,8 @@ class Asker:
             else:
                 self._record(messages, schema, Completion(kept), None, cached=True)
                 return value
+        if self.refused is not None and key in self.refused:
+            raise AnswerRejectedError(self.refused[key])
         said = [dict(m) for m in messages]
         why = ""
         for _ in range(self.attempts):
@@ -194,7 +198,10 @@ class Asker:
             self._record(said, schema, found, None)
             self.memory.remember(key, found.text)
             return value
-        raise AnswerRejectedError(f"{self.attempts} answers were rejected, the last one because {why}")
+        why = f"{self.attempts} answers were rejected, the last one because {why}"
+        if self.refused is not None:
+            self.refused[key] = why
+        raise AnswerRejectedError(why)
 
     def _record(
         self, said: Messages, schema: Mapping[str, Any], found: Completion, why: str | None, cached: bool = False

@@ -91,9 +91,11 @@ def labels_right(found: Sequence[Skill], true: Sequence[Skill]) -> tuple[int, in
 
 @dataclass(frozen=True)
 class Score:
-    """One way of segmenting, over episodes. boundaries: one score for each tolerance that was asked for; scores add up."""
+    """One way of segmenting, over episodes. cut: those that it did not discard. boundaries: one score for each tolerance that
+    was asked for; scores add up."""
 
     episodes: int
+    cut: int
     boundaries: tuple[BoundaryScore, ...]
     right: int
     actions: int
@@ -105,7 +107,8 @@ class Score:
 
     def __add__(self, other: Score) -> Score:
         both = tuple(a + b for a, b in zip(self.boundaries, other.boundaries, strict=True))
-        return Score(self.episodes + other.episodes, both, self.right + other.right, self.actions + other.actions)
+        counts = (self.episodes + other.episodes, self.cut + other.cut)
+        return Score(*counts, both, self.right + other.right, self.actions + other.actions)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object with the field names of this class."""
@@ -120,7 +123,7 @@ class Score:
 def score(found: Sequence[Skill], true: Sequence[Skill], tolerances: Sequence[int]) -> Score:
     """One episode's skills against the true ones; tolerances in frames. Raises ValueError as the functions above."""
     at = tuple(boundary_score(boundaries(found), boundaries(true), tolerance) for tolerance in tolerances)
-    return Score(1, at, *labels_right(found, true))
+    return Score(1, int(bool(found)), at, *labels_right(found, true))
 
 
 def _labels(skills: Sequence[Skill], field: str) -> dict[int, str]:
