@@ -20,12 +20,12 @@ import tyro
 from rich.console import Console
 from tyro.conf import Positional, arg
 
-from experiments import cells, results, study
+from experiments import cells, results, study, tables
 from experiments.catalogue import EXPERIMENTS, Row, problems, rows_of
 from experiments.methods import METHODS
 from experiments.regimes import Places
-from experiments.results import Plan
 from experiments.study import TASKS, Sizes
+from experiments.tables import Plan
 from world2act.console import Progress, progress_display
 from world2act.splits import LeakageError, Split
 
@@ -122,7 +122,7 @@ def run(options: Options, progress: Progress, work: cells.Work | None = None) ->
     hashes = study.prepare_all(variants, places, TASKS, workers, progress)  # parts know all tasks, whichever are measured
     of_row = {row.label: study.cells(options.name, [row.variant], sizes, hashes) for row in wanted}
     earlier = Plan.load(places.out, options.name)
-    plan = Plan(options.name, options.command(), sizes, results.planned(rows, of_row, earlier, sizes, places.out))
+    plan = Plan(options.name, options.command(), sizes, tables.planned(rows, of_row, earlier, sizes, places.out))
     plan.save(places.out)
     # Seed by seed, so that a table exists early.
     in_order = sorted((cell for members in of_row.values() for cell in members), key=lambda cell: cell.seed)
@@ -139,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with progress_display() as progress:
             plan, failures = run(options, progress)
-        results.show(results.measure(plan, options.places().out), console)
+        results.show(tables.measure(plan, options.places().out), console)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

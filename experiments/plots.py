@@ -1,15 +1,19 @@
-"""One small plot per experiment: success with Wilson intervals as dots, as a curve, or against the cosine round by round."""
+"""One small plot per experiment: success with Wilson intervals as dots, as a curve, or against the cosine round by round; and
+gains against what the targets know better than the base."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.catalogue import EXPERIMENTS
+from world2act.evaluation import Difference
 
 if TYPE_CHECKING:
-    from experiments.results import Line, Table
+    from experiments.tables import Line, Table
 
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
 GREY = "#888888"
@@ -17,18 +21,39 @@ GREY = "#888888"
 
 def draw(table: Table, path: Path) -> None:
     """Write the plot of `table` to `path` (PNG), whole or not at all."""
+    experiment = EXPERIMENTS[table.plan.experiment]
+    measured = [line for line in table.lines if line.rate is not None]
+    height = 0.9 + 0.26 * len(measured) if experiment.plot == "dots" else 3.4
+    with _figure(path, height) as axes:
+        {"dots": _dots, "curve": _curve, "rounds": _rounds}[experiment.plot](axes, measured)
+        if experiment.plot == "curve":
+            axes.set_xlabel(experiment.axis)
+
+
+def teachers(points: Sequence[tuple[str, float, Difference]], path: Path) -> None:
+    """Write the plot of (regime, error of its imagined targets over its base's, gain of post-training) to `path` (PNG)."""
+    kinds = dict.fromkeys(name.rstrip("0123456789").rstrip("-") for name, *_ in points)
+    with _figure(path, 3.6) as axes:
+        for kind, colour in zip(kinds, cycle(COLOURS), strict=False):
+            for name, ratio, gain in (p for p in points if p[0].startswith(kind)):
+                errors = [[gain.value - gain.low], [gain.high - gain.value]]
+                axes.errorbar(ratio, gain.value, errors, marker="o", markersize=4, capsize=2, color=colour)
+                axes.annotate(name, (ratio, gain.value), (5, 4), textcoords="offset points", fontsize=7, color=colour)
+        axes.axhline(0.0, color=GREY, linestyle=":")
+        axes.set_xlabel("error of imagined targets / error of the base, against the expert")
+        axes.set_ylabel("success after - before, 95 %")
+
+
+@contextmanager
+def _figure(path: Path, height: float) -> Iterator[Any]:
+    """Axes that are saved to `path` whole or not at all."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    experiment = EXPERIMENTS[table.plan.experiment]
-    measured = [line for line in table.lines if line.rate is not None]
-    height = 0.9 + 0.26 * len(measured) if experiment.plot == "dots" else 3.4
     figure, axes = plt.subplots(figsize=(6.4, height), layout="constrained")
-    {"dots": _dots, "curve": _curve, "rounds": _rounds}[experiment.plot](axes, measured)
-    if experiment.plot == "curve":
-        axes.set_xlabel(experiment.axis)
+    yield axes
     axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")

@@ -178,6 +178,11 @@ def prepare(regime: Regime, places: Places, tasks: Sequence[str], progress: Prog
         _train_worldmodel(regime, places, tasks, places.part(regime, "worldmodel"), progress)
     if missing and lacking(regime, places):
         _train_adapters(regime, places, tasks, progress).save(places.part(regime, "adapters"), {"regime": regime.name})
+    return weights(regime, places)
+
+
+def weights(regime: Regime, places: Places) -> dict[str, str]:
+    """The sha256 of each part's file. Raises OSError where one is not there."""
     return {name: _hash(places.part(regime, name)) for name in PARTS}
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
+from experiments import diagnose
 from experiments.diagnose import Links, row
 from world2act.models.adapters import Adapters, AdapterSettings
 from world2act.normalisation import Statistics
@@ -18,3 +22,16 @@ def test_errors_sizes_and_latents_are_those_of_the_links() -> None:
     base, true, predicted, size, base_size, predicted_size, latent = row(found, adapters)
     assert base == pytest.approx(4 / 4) and true == pytest.approx(0.25 / 4) and predicted == 0
     assert size == base_size == predicted_size == pytest.approx(0.5) and latent == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize(
+    ("regime", "words"),
+    [("banana", "'banana' is unknown; choose all or some of shipped,"), ("matched-10", "matched-10: has no base")],
+)
+def test_a_regime_that_is_unknown_or_not_built_is_one_line(
+    regime: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["diagnose", "--regimes", regime, "--cache", str(tmp_path), "--out", str(tmp_path)])
+    assert diagnose.main() == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and words in error and not list(tmp_path.iterdir())

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import pytest
 
 from experiments import __main__ as command
-from experiments import catalogue, results, study
+from experiments import catalogue, study, tables
 from experiments.__main__ import Name, Options
 from experiments.catalogue import EXPERIMENTS
 from experiments.methods import METHODS
@@ -121,7 +121,7 @@ def test_it_goes_on_where_it_stopped(options: Options) -> None:
     first = replace(options, only=("base", "world2act", "inverse-dynamics"))
     plan, failures = command.run(first, no_progress, Fake())
     assert len(failures) == 1 and failures[0].startswith("inverse-dynamics-0-") and failures[0].endswith("RuntimeError: broken")
-    table = results.measure(plan, out)
+    table = tables.measure(plan, out)
     contrast = table.contrasts[0]
     assert (contrast.label, contrast.against, contrast.gained, contrast.lost) == ("world2act", "base", 12, 0)
     assert {line.label for line in table.lines if line.missing} >= {"inverse-dynamics", "dreamgen"}
@@ -131,7 +131,7 @@ def test_it_goes_on_where_it_stopped(options: Options) -> None:
     assert len(ran) == 4 and sum(name.startswith("more-cloning-0") for name in ran) == 1
     rows = {row.label: row for row in plan.rows}
     assert rows["base"].cells and rows["inverse-dynamics"].cells and not rows["dreamgen"].cells
-    assert results.Plan.load(out, "methods") == plan
+    assert tables.Plan.load(out, "methods") == plan
     assert plan.command == "world2act experiment methods --seeds 1 --trials 6 --tasks push reach"
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from experiments import plots, results, study
+from experiments import diagnose, plots, results, study, tables
 from experiments.catalogue import EXPERIMENTS
 from experiments.cells import Cell, write_whole
-from experiments.results import Plan, PlannedRow
 from experiments.study import Sizes
+from experiments.tables import Plan, PlannedRow
 from world2act.splits import LeakageError, Split
 
 ROOT = Path(__file__).parents[2]
@@ -52,7 +52,7 @@ def plan(tmp_path: Path) -> Plan:
 
 
 def test_rates_by_seed_and_paired_differences(plan: Plan, tmp_path: Path) -> None:
-    table = results.measure(plan, tmp_path)
+    table = tables.measure(plan, tmp_path)
     base, ours, oracle, later = table.lines
     assert base.rate is not None and ours.rate is not None
     assert (base.rate.successes, ours.rate.successes, ours.rate.n) == (5, 12, 16)
@@ -71,6 +71,24 @@ def test_rates_by_seed_and_paired_differences(plan: Plan, tmp_path: Path) -> Non
     task_p = [t.p for c in table.contrasts for t in c.tasks.values()]
     assert first.tasks["push"].holm == pytest.approx(min(task_p) * len(task_p))
     assert (table.cells, table.wanted, table.seconds) == (5, 8, 150.0)
+
+
+def test_a_diagnosis_stands_beside_the_gain_of_the_same_weights(plan: Plan, tmp_path: Path) -> None:
+    rows = (plan.rows[0], replace(plan.rows[1], label="world2act, video-rich-4"))
+    replace(plan, rows=rows).save(tmp_path)
+    assert "Which part loses" not in results.page(tmp_path)
+    numbers = [0.5, 0.1, 0.25, 1.0, 1.0, 1.0, 0.6]
+    for name, weights in (("video-rich-4", WEIGHTS), ("shipped", WEIGHTS), ("video-rich-10", WEIGHTS | {"base": "e" * 64})):
+        kept = {"weights": weights, "episodes": 5, "columns": diagnose.COLUMNS, "rows": {diagnose.ALL: numbers}}
+        write_whole(tmp_path / "diagnosis" / f"{name}.json", json.dumps(kept))
+    gains = {name: gain for name, _, gain in results.teachers(tmp_path, tables.tables(tmp_path))}
+    assert list(gains) == ["shipped", "video-rich-4", "video-rich-10"] and gains["shipped"] is gains["video-rich-10"] is None
+    found = gains["video-rich-4"]
+    assert found is not None and (found.n, found.against) == (16, "base")
+    text = results.publish(tmp_path).read_text()
+    assert f"| video-rich-4 | 0.50 | 0.10 | 0.25 | 0.50 | 0.60 | {found.difference} (n 16) |" in text
+    assert "| shipped | 0.50 | 0.10 | 0.25 | 0.50 | 0.60 | not measured with these weights |" in text
+    assert (tmp_path / "diagnosis.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_page_says_what_is_missing_and_what_belongs_to_nothing(plan: Plan, tmp_path: Path) -> None:
@@ -92,18 +110,18 @@ def test_page_says_what_is_missing_and_what_belongs_to_nothing(plan: Plan, tmp_p
 def test_rows_that_do_not_match_are_refused(plan: Plan, tmp_path: Path) -> None:
     other = PlannedRow("other", (put(tmp_path, "other", 0, "1111", "1111", base="e" * 64),), ("base",))
     with pytest.raises(ValueError, match="other, base: stand on 2 different base policies"):
-        results.measure(replace(plan, rows=(plan.rows[0], other)), tmp_path)
+        tables.measure(replace(plan, rows=(plan.rows[0], other)), tmp_path)
     short = PlannedRow("short", (put(tmp_path, "short", 0, "111", "111"),), ("base",))
     with pytest.raises(ValueError, match="scenes were run by one policy only"):
-        results.measure(replace(plan, rows=(plan.rows[0], short)), tmp_path)
+        tables.measure(replace(plan, rows=(plan.rows[0], short)), tmp_path)
     tuning = PlannedRow("tuning", (put(tmp_path, "tuning", 0, "1111", "1111", split="tuning"),), ("base",))
     with pytest.raises(LeakageError, match="split evaluation only, got tuning"):
-        results.measure(replace(plan, rows=(plan.rows[0], tuning)), tmp_path)
+        tables.measure(replace(plan, rows=(plan.rows[0], tuning)), tmp_path)
 
 
 def test_a_row_may_count_some_tasks_only(plan: Plan, tmp_path: Path) -> None:
     rows = tuple(replace(row, tasks=("reach",)) for row in plan.rows[:2])
-    table = results.measure(replace(plan, rows=rows), tmp_path)
+    table = tables.measure(replace(plan, rows=rows), tmp_path)
     assert table.lines[1].rate is not None and (table.lines[1].rate.successes, table.lines[1].rate.n) == (4, 8)
     assert (table.contrasts[0].gained, table.contrasts[0].lost) == (1, 1)
 
@@ -112,9 +130,9 @@ def test_a_run_of_some_rows_keeps_the_others_of_the_same_sizes(plan: Plan, tmp_p
     rows = EXPERIMENTS["main"].rows(SIZES.tasks)
     cells = {rows[0].label: [Cell("main", "base", 0)]}
     earlier = replace(plan, rows=(PlannedRow(rows[1].label, ("kept",)), PlannedRow(rows[0].label, ("old",))))
-    found = results.planned(rows, cells, earlier, SIZES, tmp_path)
+    found = tables.planned(rows, cells, earlier, SIZES, tmp_path)
     assert [row.cells for row in found] == [(cells[rows[0].label][0].name,), ("kept",), *[()] * (len(rows) - 2)]
-    other = results.planned(rows, cells, earlier, Sizes(1, 4, SIZES.tasks), tmp_path)
+    other = tables.planned(rows, cells, earlier, Sizes(1, 4, SIZES.tasks), tmp_path)
     assert other[1].cells == ()
 
 
@@ -123,9 +141,9 @@ def test_a_row_that_means_something_else_by_now_keeps_nothing(plan: Plan, tmp_pa
     made = study.cells("main", [rows[1].variant], SIZES, lambda _: WEIGHTS)
     write_whole(made[0].path(tmp_path), json.dumps({"cell": asdict(made[0])}))
     earlier = replace(plan, rows=(PlannedRow(rows[1].label, tuple(cell.name for cell in made)),))
-    assert results.planned(rows, {}, earlier, SIZES, tmp_path)[1].cells == (made[0].name, made[1].name)
+    assert tables.planned(rows, {}, earlier, SIZES, tmp_path)[1].cells == (made[0].name, made[1].name)
     changed = [replace(row, variant=replace(row.variant, settings={"bound": 0.25})) for row in rows]
-    assert results.planned(changed, {}, earlier, SIZES, tmp_path)[1].cells == ()
+    assert tables.planned(changed, {}, earlier, SIZES, tmp_path)[1].cells == ()
 
 
 def test_tuning_scenes_are_named_as_such(plan: Plan, tmp_path: Path) -> None:
@@ -143,7 +161,7 @@ def test_plots_and_terminal_tables(plan: Plan, tmp_path: Path) -> None:
         "similarity-vs-success": (plan.rows[0], PlannedRow("default", rounds, ("base",))),
     }
     for name, rows in cases.items():
-        table = results.measure(replace(plan, experiment=name, rows=rows), tmp_path)
+        table = tables.measure(replace(plan, experiment=name, rows=rows), tmp_path)
         plots.draw(table, tmp_path / f"{name}.png")
         assert 2_000 < (tmp_path / f"{name}.png").stat().st_size < 80_000
         console = Console(file=io.StringIO(), width=200)
