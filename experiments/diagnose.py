@@ -111,7 +111,7 @@ def measure(paths: Mapping[str, Path], episodes: int) -> dict[str, list[float]]:
 
 def show(title: str, rows: Mapping[str, list[float]]) -> Table:
     """For a terminal."""
-    table = Table(title=title, box=SIMPLE)
+    table = Table(title=title, box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     for column in ("task", *COLUMNS):
         table.add_column(column, justify="left" if column == "task" else "right")
     for task, numbers in rows.items():
