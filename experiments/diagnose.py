@@ -6,7 +6,8 @@
 Runs the base on tuning scenes to the end of each episode and asks the simulator's expert at every chunk (privileged, so for
 diagnosis only). Columns, squared error of normalised chunks: what the base does; what D_a reads from the true video of the
 expert; what it reads from the imagined video. Sizes: mean length of the arm's action; targets that are shorter than the
-expert's make a policy slow. latent: error of the imagined latent relative to copying the start.
+expert's make a policy slow. latent: error of the imagined latent relative to copying the start. ratio: imagined / base; from
+about 1 on a target has nothing to teach (decision 049), and a task is better left to the base.
 """
 
 from __future__ import annotations
@@ -112,12 +113,12 @@ def measure(paths: Mapping[str, Path], episodes: int) -> dict[str, list[float]]:
 def show(title: str, rows: Mapping[str, list[float]]) -> Table:
     """For a terminal."""
     table = Table(title=title, box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
-    for column in ("task", *COLUMNS):
+    for column in ("task", *COLUMNS, "ratio"):
         table.add_column(column, justify="left" if column == "task" else "right")
     for task, numbers in rows.items():
         if task == ALL:
             table.add_section()
-        table.add_row(task, *(f"{value:.2f}" for value in numbers))
+        table.add_row(task, *(f"{value:.2f}" for value in (*numbers, numbers[2] / numbers[0])))
     return table
 
 
