@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 from experiments import diagnose
 from experiments.diagnose import Links, row
+from experiments.regimes import PARTS
 from world2act.models.adapters import Adapters, AdapterSettings
 from world2act.normalisation import Statistics
 
@@ -35,3 +37,13 @@ def test_a_regime_that_is_unknown_or_not_built_is_one_line(
     assert diagnose.main() == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and words in error and not list(tmp_path.iterdir())
+
+
+def test_what_is_found_is_kept_with_the_weights_it_was_found_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = {key: [0.5, 0.1, 0.25, 1.0, 1.0, 1.0, 0.6] for key in ("push", diagnose.ALL)}
+    monkeypatch.setattr(diagnose, "measure", lambda paths, episodes: numbers if episodes == 3 else None)
+    monkeypatch.setattr(sys, "argv", ["diagnose", "--regimes", "shipped", "--episodes", "3", "--out", str(tmp_path)])
+    assert diagnose.main() == 0
+    (kept,) = diagnose.read(tmp_path).values()
+    assert kept["weights"] == {part: hashlib.sha256(Path(f"zoo/{part}.safetensors").read_bytes()).hexdigest() for part in PARTS}
+    assert kept["rows"] == numbers and kept["columns"] == list(diagnose.COLUMNS) and kept["episodes"] == 3
