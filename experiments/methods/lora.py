@@ -96,10 +96,8 @@ class LoraPolicy(nn.Module):
         """
         with autocast("auto" if self.training else "float32"):  # as in the base's own cloning
             out = self.net(visual.contiguous(memory_format=torch.channels_last), states, instructions)
-        chunk = out.float() * self.net.action_std + self.net.action_mean
-        # The base's chunk is clipped when it acts. Clipped in value only: a saturated component must still get a gradient.
-        chunk = chunk.detach().clamp(-1.0, 1.0) + (chunk - chunk.detach())
-        raw = self.actions.normalise(chunk) - base
+        # As little clipped as the residual's sum: a clipped value whose gradient passes lets saturated components run away.
+        raw = self.actions.normalise(out.float() * self.net.action_std + self.net.action_mean) - base
         return self.bound * torch.tanh(raw / self.bound)
 
 

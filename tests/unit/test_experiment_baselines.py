@@ -21,7 +21,7 @@ from experiments.naming import Windows
 from world2act import schedule
 from world2act.models.adapters import Adapters, AdapterSettings
 from world2act.models.tiny_policy import TinyPolicy, TinyPolicyConfig
-from world2act.models.vae import VAEConfig
+from world2act.models.vae import VAEConfig, to_float
 from world2act.models.worldmodel import WorldModel, WorldModelConfig
 from world2act.normalisation import Statistics
 from world2act.optimiser import Optimiser
@@ -29,7 +29,7 @@ from world2act.presets import STAGE2, Rounds
 from world2act.schedule import EpisodeSpec
 from world2act.splits import Split
 from world2act.stage2 import Learner, Stage2Dataset, Targets
-from world2act.types import Episode, Trajectory
+from world2act.types import Episode, M, Trajectory
 
 TINY_MODEL = WorldModelConfig(vae=VAEConfig(widths=(8, 8, 8)), heads=2, head_width=12, layers=1, text_width=8, adaln_width=8)
 TINY_BASE = TinyPolicyConfig(channels=(4, 4, 4), hidden=16, text_width=8)
@@ -220,6 +220,18 @@ def test_lora_starts_as_the_base(base: TinyPolicy, adapters: Adapters) -> None:
     frames, states = torch.from_numpy(found.frames), torch.from_numpy(found.states)
     chunk, combined = lora.WithLora(base, policy, 0).act(frames, states, ["push it"] * 3, ["push it"] * 3)
     assert torch.equal(chunk, base.act(frames, states, ["push it"] * 3)) and torch.equal(chunk, combined)
+
+
+def test_an_action_beyond_the_limit_is_seen_by_the_loss(base: TinyPolicy, adapters: Adapters) -> None:
+    """Where it is clipped in value but not in gradient, nothing ever stops it: training falls apart after a few hundred steps."""
+    policy = lora.LoraPolicy(base, adapters, 16, 4.0, 0).eval()
+    policy.net.action_mean.fill_(1.5)
+    policy.net.action_std.zero_()
+    frames, states, words = seen(EpisodeSpec(0, "push", 0, 0.0, "0"))
+    active = to_float(frames[:, : base.config.active_rows]).permute(0, 3, 1, 2)
+    limit = adapters.actions.normalise(torch.ones(len(frames), M, 4))
+    beyond = adapters.actions.normalise(torch.full((len(frames), M, 4), 1.5)) - limit
+    assert torch.allclose(policy(active, states, limit, words), 4.0 * torch.tanh(beyond / 4.0)) and (beyond > 0).all()
 
 
 @pytest.mark.parametrize("rank", [16, 32])
