@@ -84,7 +84,7 @@ def _curve(axes: Any, lines: list[Line]) -> None:
         x = [at for at, _ in points]
         y = [rate.rate for _, rate in points]
         errors = [[r.rate - r.low for _, r in points], [r.high - r.rate for _, r in points]]
-        style = "-" if name.endswith("rich") or "," not in name else "--"
+        style = "-" if name.endswith("rich") or name in ("base", "world2act") else "--"
         axes.errorbar(x, y, errors, marker="o", markersize=4, capsize=2, color=colour, linestyle=style, label=name)
     axes.set_ylabel("success, Wilson 95 %")
     axes.legend(fontsize=7, frameon=False)

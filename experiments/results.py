@@ -16,6 +16,7 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 from rich.table import Table as RichTable
+from scipy.stats import spearmanr
 
 from experiments import diagnose
 from experiments.catalogue import EXPERIMENTS
@@ -175,32 +176,53 @@ def page(out: Path) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-Teacher = tuple[str, dict[str, float], Contrast | None]
-"""A regime, what `world2act diagnose` kept of it over all tasks, and what its post-training gained, if that was measured."""
+@dataclass(frozen=True)
+class Teacher:
+    """A regime that `world2act diagnose` kept: by task, its numbers; what its post-training gained, if that was measured."""
+
+    regime: str
+    scenes: int
+    numbers: dict[str, dict[str, float]]
+    gain: Contrast | None
+
+    def ratio(self, task: str = diagnose.ALL) -> float:
+        """Error of the imagined target over the base's."""
+        return self.numbers[task]["imagined"] / self.numbers[task]["base"]
 
 
 def teachers(out: Path, tables: Sequence[Table]) -> list[Teacher]:
     """Every regime that was diagnosed, beside the gain with the same weights: the first table that has it."""
-    found: list[Teacher] = []
+    found = []
     for name, kept in diagnose.read(out).items():
-        numbers = dict(zip(kept["columns"], kept["rows"][diagnose.ALL], strict=True))
+        numbers = {task: dict(zip(kept["columns"], row, strict=True)) for task, row in kept["rows"].items()}
         of_weights = [table for table in tables if kept["weights"] in table.weights.get(name, [])]
         gains = (c for t in of_weights for c in t.contrasts if c.label == f"world2act, {name}" and c.against.startswith("base"))
-        found.append((name, numbers, next(gains, None)))
+        found.append(Teacher(name, kept["episodes"], numbers, next(gains, None)))
     return found
 
 
 def diagnosis(found: Sequence[Teacher], folder: str) -> list[str]:
-    """Markdown of `teachers`."""
-    header = ["regime", "base", "true video", "imagined video", "imagined / base", "latent / copy", "post-training gains"]
-    rows = []
-    for name, n, gain in found:
-        shown = (n["base"], n["true"], n["imagined"], n["imagined"] / n["base"], n["latent"])
+    """Markdown of `teachers`: over all tasks, and task by task."""
+    if not found:
+        return []
+    header = ["regime", "scenes a task", "base", "true video", "imagined video", "imagined / base", "latent / copy"]
+    rows, by_task, pairs = [], [], []
+    for one in found:
+        n, gain = one.numbers[diagnose.ALL], one.gain
+        shown = (n["base"], n["true"], n["imagined"], one.ratio(), n["latent"])
         said = f"{gain.difference} (n {gain.n})" if gain else "not measured with these weights"
-        rows.append([name, *(f"{value:.2f}" for value in shown), said])
+        rows.append([one.regime, str(one.scenes), *(f"{value:.2f}" for value in shown), said])
+        both = [(one.ratio(task), contrast.difference.value) for task, contrast in sorted(gain.tasks.items())] if gain else []
+        by_task += [[one.regime, *(f"{ratio:.2f}: {value:+.2f}" for ratio, value in both)]] if both else []
+        pairs += both
     title, about = DIAGNOSIS
-    picture = f"![{title}]({folder}/diagnosis.png)"
-    return [f"## {title}", "", about, "", *markdown(header, rows), "", picture, ""] if found else []
+    lines = [f"## {title}", "", about, "", *markdown([*header, "post-training gains"], rows), ""]
+    if pairs:
+        tasks = sorted(next(one.gain for one in found if one.gain).tasks)
+        rank = f", rank correlation {spearmanr(*zip(*pairs, strict=True)).statistic:.2f}" if len(pairs) > 2 else ""
+        lines += [f"**imagined / base: gain, task by task** ({len(pairs)} pairs{rank})", ""]
+        lines += [*markdown(["regime", *tasks], by_task), ""]
+    return [*lines, f"![{title}]({folder}/diagnosis.png)", ""]
 
 
 DIAGNOSIS = (
@@ -208,7 +230,8 @@ DIAGNOSIS = (
     "At the states that the base visits on tuning scenes, squared errors of normalised chunks against the simulator's expert: "
     "the base's own chunk, what the adapters read from the expert's *true* video, and from the *imagined* video, which is the "
     "target. A target that is no nearer to the expert than the base's own chunk has nothing to teach. latent / copy: error of "
-    "the imagined latent relative to copying the frame. Command: `world2act diagnose --regimes all --episodes 5`",
+    "the imagined latent relative to copying the frame. Command: `world2act diagnose --regimes all --episodes N`, N scenes a "
+    "task",
 )
 
 
@@ -226,7 +249,7 @@ def publish(out: Path) -> Path:
         write_whole(out / f"{table.plan.experiment}.json", to_json(table))
         if table.cells:
             plots.draw(table, out / f"{table.plan.experiment}.png")
-    points = [(name, n["imagined"] / n["base"], gain.difference) for name, n, gain in teachers(out, found) if gain]
+    points = [(one.regime, one.ratio(), one.gain.difference) for one in teachers(out, found) if one.gain]
     if points:
         plots.teachers(points, out / "diagnosis.png")
     path = out.with_name(f"{out.name}.md")

@@ -77,17 +77,18 @@ def test_a_diagnosis_stands_beside_the_gain_of_the_same_weights(plan: Plan, tmp_
     rows = (plan.rows[0], replace(plan.rows[1], label="world2act, video-rich-4"))
     replace(plan, rows=rows).save(tmp_path)
     assert "Which part loses" not in results.page(tmp_path)
-    numbers = [0.5, 0.1, 0.25, 1.0, 1.0, 1.0, 0.6]
+    rows_of = dict.fromkeys((diagnose.ALL, "push", "reach"), (0.5, 0.1, 0.25, 1.0, 1.0, 1.0, 0.6))
     for name, weights in (("video-rich-4", WEIGHTS), ("shipped", WEIGHTS), ("video-rich-10", WEIGHTS | {"base": "e" * 64})):
-        kept = {"weights": weights, "episodes": 5, "columns": diagnose.COLUMNS, "rows": {diagnose.ALL: numbers}}
+        kept = {"weights": weights, "episodes": 5, "columns": diagnose.COLUMNS, "rows": rows_of}
         write_whole(tmp_path / "diagnosis" / f"{name}.json", json.dumps(kept))
-    gains = {name: gain for name, _, gain in results.teachers(tmp_path, tables.tables(tmp_path))}
+    gains = {one.regime: one.gain for one in results.teachers(tmp_path, tables.tables(tmp_path))}
     assert list(gains) == ["shipped", "video-rich-4", "video-rich-10"] and gains["shipped"] is gains["video-rich-10"] is None
     found = gains["video-rich-4"]
     assert found is not None and (found.n, found.against) == (16, "base")
     text = results.publish(tmp_path).read_text()
-    assert f"| video-rich-4 | 0.50 | 0.10 | 0.25 | 0.50 | 0.60 | {found.difference} (n 16) |" in text
-    assert "| shipped | 0.50 | 0.10 | 0.25 | 0.50 | 0.60 | not measured with these weights |" in text
+    assert f"| video-rich-4 | 5 | 0.50 | 0.10 | 0.25 | 0.50 | 0.60 | {found.difference} (n 16) |" in text
+    assert "| shipped | 5 | 0.50 | 0.10 | 0.25 | 0.50 | 0.60 | not measured with these weights |" in text
+    assert "| video-rich-4 | 0.50: +0.88 | 0.50: +0.00 |" in text
     assert (tmp_path / "diagnosis.png").read_bytes()[:4] == b"\x89PNG"
 
 

@@ -105,3 +105,11 @@ def test_a_model_is_scored_by_what_it_answers() -> None:
 
     found = compare(episode(), load_schemas().calibration("panda"), (4,), (Wrong(), Wrong()))
     assert found[MODEL].boundaries[0].f1 == 1.0 and found[MODEL].label_accuracy == 0.0
+
+
+def test_scores_of_another_version_are_refused_in_a_sentence() -> None:
+    whole = Score(2, 1, (), 3, 4).to_json()
+    assert Score.from_json(whole) == Score(2, 1, (), 3, 4)
+    for other in ({k: v for k, v in whole.items() if k != "cut"}, {**whole, "boundaries": [{"hit": 1}]}, {"episodes": 1}):
+        with pytest.raises(ValueError, match="scores: are of another version"):
+            Score.from_json(other)

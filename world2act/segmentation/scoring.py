@@ -116,8 +116,11 @@ class Score:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Score:
-        """The inverse of `to_json`."""
-        return cls(**{**content, "boundaries": tuple(BoundaryScore(**b) for b in content["boundaries"])})
+        """The inverse of `to_json`. Raises ValueError for fields of another version."""
+        try:
+            return cls(**{**content, "boundaries": tuple(BoundaryScore(**b) for b in content["boundaries"])})
+        except (KeyError, TypeError):
+            raise ValueError("scores: are of another version; build the skills again") from None
 
 
 def score(found: Sequence[Skill], true: Sequence[Skill], tolerances: Sequence[int]) -> Score:
