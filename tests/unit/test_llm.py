@@ -58,9 +58,11 @@ class Scripted:
     def __init__(self, *answers: Any) -> None:
         self.answers = iter(answers)
         self.asked: list[list[dict[str, str]]] = []
+        self.schemas: list[Mapping[str, Any]] = []
 
     def __call__(self, messages: Messages, schema: Mapping[str, Any]) -> Completion:
         self.asked.append([dict(m) for m in messages])
+        self.schemas.append(schema)
         answer = next(self.answers)
         if isinstance(answer, Completion):
             return answer
@@ -150,6 +152,7 @@ def test_what_the_planner_is_asked() -> None:
         ("steps", [GOOD_PLAN["steps"][1]] * 40, "at most 32 items"),
         ("steps.0.prompt", "pick up the banana", "'banana' is neither in the instruction nor in the schemas"),
         ("steps.0.prompt", "the milk", "must begin with one of the verbs"),
+        ("steps.1.prompt", "place {object} in the basket", "{object} of .* is not filled from the instruction"),
         ("steps.0.prompt", " ", "must begin with one of the verbs"),
         ("steps.0.ends", "contact_off", "got contact_off, end"),
         ("steps.0.ends", "soon", "steps.0.ends: Input should be"),
@@ -197,6 +200,18 @@ def test_a_good_alignment_keeps_reasons_and_explanation() -> None:
     assert found.ends == (10, 20, 30, 50) and found.discarded is None
     assert found.reasons[0] == "'pick a' ends at frame 10: first closure"
     assert found.notes == ("aligner: 22 comes too soon after 20",)
+
+
+def test_a_server_that_holds_answers_to_their_schema_can_name_only_what_was_given() -> None:
+    complete = Scripted(GOOD_PLAN, GOOD_ALIGNMENT)
+    LLMPlanner(Asker(complete)).plan(PICK)
+    LLMAligner(Asker(complete)).align(EVENTS, TWICE, 50)
+    plan, alignment = complete.schemas
+    assert plan["properties"]["task"]["enum"] == [*(r.task for r in load_schemas().tasks), "none"]
+    fields, boundary = alignment["properties"], alignment["$defs"]["Boundary"]["properties"]
+    assert boundary["index"] == {"type": "integer", "enum": [10, 20, 22, 24, 30]}
+    assert boundary["step"] == alignment["$defs"]["Missing"]["properties"]["step"] == {"type": "integer", "enum": [0, 1, 2]}
+    assert fields["boundaries"]["maxItems"] == fields["missing"]["maxItems"] == 3
 
 
 @pytest.mark.parametrize(

@@ -165,9 +165,15 @@ class Asker:
     refused: dict[str, str] | None = None
     log: Callable[[dict[str, Any]], None] = lambda record: None
 
-    def ask(self, messages: Messages, answer: type[BaseModel], check: Callable[[Any], Value]) -> Value:
-        """What `check` makes of the first answer that it accepts. Raises AnswerRejectedError with the last reason."""
-        schema = answer.model_json_schema()
+    def ask(
+        self, messages: Messages, answer: type[BaseModel], check: Callable[[Any], Value], **only: Sequence[str | int] | int
+    ) -> Value:
+        """What `check` makes of the first answer that it accepts. Raises AnswerRejectedError with the last reason.
+
+        only: field -> the values that it can have in this question, or how many items at most. A server that holds answers to
+        their schema can give no other; `check` is for those that do not.
+        """
+        schema = _narrowed(answer.model_json_schema(), only)
         key = question_key(self.model, messages, schema)
         if (kept := self.memory.recall(key)) is not None:
             try:
@@ -229,6 +235,23 @@ def replay(records: Iterable[Mapping[str, Any]], model: str = "") -> Complete:
     return complete
 
 
+def _narrowed(schema: Any, only: Mapping[str, Sequence[str | int] | int]) -> Any:
+    """A JSON schema in which the fields named in `only`, however deep, are as it says (see `Asker.ask`)."""
+    if isinstance(schema, list):
+        return [_narrowed(s, only) for s in schema]
+    if not isinstance(schema, dict):
+        return schema
+    narrow = {name: _narrowed(s, only) for name, s in schema.items()}
+    fields = narrow.get("properties", {})
+    for name in only.keys() & fields.keys():
+        to = only[name]
+        if isinstance(to, int):
+            fields[name]["maxItems"] = to
+        else:
+            fields[name] = {"type": fields[name]["type"], "enum": list(to)}
+    return narrow
+
+
 def _validated(answer: type[BaseModel], content: Any) -> Any:
     """`content` as `answer`. Raises AnswerRejectedError naming the first field that is wrong."""
     try:
@@ -268,7 +291,8 @@ class LLMPlanner:
         rows = [{"task": r.task, "steps": [_step_json(s) for s in r.steps]} for r in self.table.tasks]
         asked = {"instruction": text, "benchmark_task": task, "schemas": rows, "verbs": sorted(self._verbs())}
         messages = _messages(_PLAN, asked)
-        return self.asker.ask(messages, PlanAnswer, lambda answer: self._check(answer, text, task))
+        names = [*(r.task for r in self.table.tasks), "none"]
+        return self.asker.ask(messages, PlanAnswer, lambda answer: self._check(answer, text, task), task=names)
 
     def _verbs(self) -> set[str]:
         return set(self.table.verbs) | {s.prompt.split()[0] for r in self.table.tasks for s in r.steps}
@@ -289,6 +313,8 @@ class LLMPlanner:
 
     def _check_words(self, i: int, prompt: str, instruction: str) -> None:
         """An object that the instruction does not name is invented."""
+        if slot := re.search(r"\{\w*\}", prompt):
+            raise AnswerRejectedError(f"steps.{i}.prompt: {slot[0]} of {prompt!r} is not filled from the instruction")
         words = _words(prompt)
         if not words or words[0] not in self._verbs():
             raise AnswerRejectedError(f"steps.{i}.prompt: {prompt!r} must begin with one of the verbs")
@@ -355,8 +381,13 @@ class LLMAligner:
             reasons = tuple(f"{s.prompt!r} ends at frame {i}: {why}" for s, (i, why) in zip(kept, chosen, strict=True))
             return Alignment(kept, tuple(i for i, _ in chosen), reasons, notes)
 
+        places = [i for i, s in enumerate(schema.steps) if s.ends != "end"]
+        indices = sorted({c.index for c in given})
+        most = len(places)
         try:
-            return self.asker.ask(_messages(_ALIGN, asked), AlignAnswer, check)
+            return self.asker.ask(
+                _messages(_ALIGN, asked), AlignAnswer, check, step=places, index=indices, boundaries=most, missing=most
+            )
         except AnswerRejectedError as e:
             return Alignment((), (), (), (), f"no alignment: {e}")
 
