@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from world2act.data import clips
-from world2act.data.clips import CutEpisode, LatentBank, cut_clips, lived_skills, median_first_frames, read_cut
+from world2act.data.clips import CutEpisode, LatentBank, cut_clips, lived_skills, median_first_frames, read_cut, skills_of
 from world2act.segmentation import Segmentation, segment_episode
 from world2act.splits import LeakageError, Split
 from world2act.types import Episode, Skill
@@ -103,6 +103,27 @@ def test_cut_clips_takes_frames_and_actions_by_the_same_indices() -> None:
     assert second.actions.reshape(8, 4).tolist() == e.actions[4:12].tolist()
     assert (second.prompt, second.split, second.index, second.intended.tolist()) == ("b", "worldmodel", 3, [True, True])
     assert cut_clips(replace(e, actions=e.actions[:3]), Segmentation((), "too short", (), ())) == []
+
+
+@pytest.mark.parametrize(
+    ("robot", "opened", "held", "two"),
+    [
+        ("libero", 0.0795, 0.062, True),  # a can in a Panda's hand
+        ("metaworld", 0.0795, 0.062, False),  # a hand that opens wider holds nothing there
+        (None, 0.0795, 0.062, False),
+        ("my_arm:Arm", 0.04, 0.02, True),  # unknown: by how wide it opens
+        ("metaworld", 0.04, 0.02, False),
+    ],
+)
+def test_clips_are_cut_with_the_hand_of_the_robot_that_made_them(
+    robot: str | None, opened: float, held: float, two: bool
+) -> None:
+    task = "pick up the alphabet soup and place it in the basket"
+    widths = np.repeat([opened, held, opened], [10, 15, 4]).astype(np.float32)
+    states, actions = np.zeros((29, 4), np.float32), np.zeros((28, 4), np.float32)
+    e = Episode(task, "worldmodel", 0, task, {}, states, widths, actions, True, meta={"robot": robot} if robot else {})
+    found = [(s.prompt.split()[0], s.start, s.end) for s in skills_of(e)[0]]
+    assert found == ([("pick", 0, 12), ("place", 12, 28)] if two else [("pick", 0, 28)])
 
 
 def test_a_missed_grasp_is_cut_as_the_policy_would_have_lived_it() -> None:

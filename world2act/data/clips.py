@@ -20,7 +20,7 @@ from world2act.console import Progress, no_progress
 from world2act.data import robomimic
 from world2act.data.grid import stitch
 from world2act.models.vae import VideoVAE, to_float
-from world2act.segmentation import OnlineSkill, RuleBasedPlanner, Segmentation, segment_episode
+from world2act.segmentation import OnlineSkill, RuleBasedPlanner, Segmentation, hand_of, segment_episode
 from world2act.splits import Split
 from world2act.types import BoolArray, Clip, Episode, FloatArray, ImageArray, M, Skill
 
@@ -59,7 +59,7 @@ def lived_skills(episode: Episode) -> tuple[Skill, ...]:
     For episodes that the segmenter discards because a step is missing: a missed grasp and what follows it is just what a world
     model must have seen to be asked about it in closed loop.
     """
-    online = OnlineSkill(RuleBasedPlanner().plan(episode.instruction, episode.task))
+    online = OnlineSkill(RuleBasedPlanner().plan(episode.instruction, episode.task), hand_of(episode))
     prompts = [online.update(episode.widths[max(0, t - M + 1) : t + 1]) for t in range(0, len(episode.actions) - M + 1, M)]
     skills: list[Skill] = []
     for number, prompt in enumerate(prompts):

@@ -101,7 +101,7 @@ class Source(ABC):
     def read(self, key: str, *, images: bool = True) -> Episode:
         """One episode, checked; without `images` none is decoded and `episode.images` is empty.
 
-        `meta` has format, source, key, fps, and what the columns of `states` and `actions` are.
+        `meta` has format, source, key, robot, fps, and what the columns of `states` and `actions` are.
         Raises FormatError, naming the item, for whatever is wrong with it.
         """
         episode = self._checked(key, images)
@@ -135,7 +135,7 @@ class Source(ABC):
             raise
         except (ValueError, OSError, RuntimeError, KeyError) as error:  # the last two: h5py's words for damage
             raise FormatError(f"{key}: {error}") from error
-        common = {"format": self.name, "source": self.path.name, "key": key}
+        common = {"format": self.name, "source": self.path.name, "key": key, "robot": self.robot}
         return replace(episode, meta={**episode.meta, **common})
 
 

@@ -132,9 +132,9 @@ def count_episodes(path: Path) -> int:
 def read_episodes(path: Path, *, allowed: Collection[Split]) -> Iterator[Episode]:
     """Episodes of one file in order of their scene index, one in memory at a time.
 
-    `episode.meta` holds perturbed ("true" or "false") and env_args (JSON). Raises LeakageError when the file's split is not
-    in `allowed`, FormatError naming the file and item when it is not HDF5, is truncated, lacks something or has a wrong
-    shape, dtype or unit.
+    `episode.meta` holds perturbed ("true" or "false"), robot and env_args (JSON).
+    Raises LeakageError when the file's split is not in `allowed`, FormatError naming the file and item when it is not HDF5, is
+    truncated, lacks something or has a wrong shape, dtype or unit.
     """
     path = Path(path)
     with hdf5.open_file(path) as file:
@@ -231,7 +231,11 @@ def _read_demo(group: h5py.Group, split: str, env_args: dict[str, Any], path: Pa
         success=bool(hdf5.attr(group, "success", path)),
         intended=hdf5.array(group, "intended", np.uint8, path).astype(np.bool_) if "intended" in group else None,
         truth=_truth(group, path),
-        meta={"perturbed": str(perturbed).lower(), "env_args": json.dumps(env_args, sort_keys=True)},
+        meta={
+            "perturbed": str(perturbed).lower(),
+            "robot": str(env_args["simulator"]),
+            "env_args": json.dumps(env_args, sort_keys=True),
+        },
     )
     if int(hdf5.attr(group, "num_samples", path)) != len(episode.actions):
         raise FormatError(f"{path.name}: {group.name}: num_samples differs from the {len(episode.actions)} actions stored")

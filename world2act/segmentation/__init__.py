@@ -22,7 +22,7 @@ from world2act.segmentation.online import OnlineSkill, skill_index_online
 from world2act.segmentation.planner import Plan, Planner, RuleBasedPlanner, check_suites
 from world2act.segmentation.schemas import SchemaTable, Step, TaskSchema, load_schemas, parse_schemas
 from world2act.segmentation.scoring import BoundaryScore, boundaries, boundary_score, label_accuracy
-from world2act.segmentation.segment import Segmentation, default_planner, segment_episode, segment_film, segment_series
+from world2act.segmentation.segment import Segmentation, default_planner, hand_of, segment_episode, segment_film, segment_series
 from world2act.segmentation.statistics import Statistics, summarise
 from world2act.segmentation.visual import change_points, pixel_features
 
@@ -56,6 +56,7 @@ __all__ = [
     "contact_events",
     "default_planner",
     "episode_touches",
+    "hand_of",
     "label_accuracy",
     "load_schemas",
     "merge_events",

@@ -8,6 +8,7 @@ so the clip it was trained on and the skill it is given agree. An incomplete las
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -141,6 +142,19 @@ def segment_film(
     return _cut(plan, Alignment(steps, ends, (*reasons, f"{steps[-1].prompt!r} ends with the episode"), ()), (), actions)
 
 
+def hand_of(episode: Episode) -> GripperCalibration:
+    """The calibration that a running policy of the episode's robot has (`SchemaTable.calibration_of`).
+
+    The robot is named in its meta; how wide an unknown one opens is said by its file, or else by its widths. Meta-World's hand
+    where no robot is named.
+    """
+    table = load_schemas()
+    if (robot := episode.meta.get("robot")) is None:
+        return table.calibration(DEFAULT_EMBODIMENT)
+    said = json.loads(episode.meta.get("env_args", "{}")).get("gripper_open_width")
+    return table.calibration_of(robot, float(np.nanmax(episode.widths) if said is None else said))
+
+
 def segment_episode(
     episode: Episode,
     *,
@@ -150,12 +164,13 @@ def segment_episode(
 ) -> Segmentation:
     """Skills of a recorded episode; see `segment_series`. Skill indices count its actions (frames start .. end).
 
+    calibration: by default that of the episode's robot (`hand_of`).
     Its cues are used where it has them: gripper commands (the commanded-versus-actual gap) and pushes. Without widths (all NaN)
     an episode whose instruction is one step is that skill, such as a clip that was cut before; another is discarded.
     """
     if np.isnan(episode.widths).all():
         return _without_widths(episode, planner or default_planner())
-    calibration = calibration or load_schemas().calibration(DEFAULT_EMBODIMENT)
+    calibration = calibration or hand_of(episode)
     command = episode.cues.get("command")
     return segment_series(
         episode.widths,
