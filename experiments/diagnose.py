@@ -1,24 +1,28 @@
 """Which part loses the gain: imagined targets against the expert's own next chunk, at the states that the base visits.
 
     python -m experiments.diagnose [--episodes 10] [--zoo zoo]
+    python -m experiments.diagnose --demos data/robot --zoo zoo-robot    without any simulator
     python -m experiments.diagnose --regimes all --episodes 5    kept for `world2act results`
 
 Runs the base on tuning scenes to the end of each episode and asks the simulator's expert at every chunk (privileged, so for
-diagnosis only). Columns, squared error of normalised chunks: what the base does; what D_a reads from the true video of the
-expert; what it reads from the imagined video. Sizes: mean length of the arm's action; targets that are shorter than the
-expert's make a policy slow. latent: error of the imagined latent relative to copying the start. ratio: imagined / base; from
-about 1 on a target has nothing to teach (decision 049), and a task is better left to the base.
+diagnosis only); with --demos, asks nobody: the states are those of held-out demonstrations, the expert who gave them. Columns,
+squared error of normalised chunks: what the base does; what D_a reads from the true video of the expert; what it reads from
+the imagined video. Sizes: mean length of the arm's action; targets that are shorter than the expert's make a policy slow.
+latent: error of the imagined latent relative to copying the start. ratio: imagined / base; from about 1 on a target has
+nothing to teach (decision 049), and a task is better left to the base.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import tyro
 from rich.box import SIMPLE
@@ -31,11 +35,14 @@ from experiments.catalogue import MEASURED_AT, SHIPPED
 from experiments.cells import write_whole
 from experiments.policies import Frozen
 from experiments.regimes import PARTS, Places, Regime, lacking, weights
+from world2act.data import robomimic
+from world2act.data.clips import camera_grid, intended, lived_skills
 from world2act.models.adapters import Adapters
 from world2act.models.tiny_policy import TinyPolicy
 from world2act.models.worldmodel import WorldModel
 from world2act.schedule import EpisodeSpec
 from world2act.splits import Split
+from world2act.types import Episode, M
 
 REGIMES = {r.name: r for r in (SHIPPED, *(Regime(kind, count) for kind, counts in MEASURED_AT.items() for count in counts))}
 COLUMNS = ("base", "true", "imagined", "|expert|", "|base|", "|imagined|", "latent")
@@ -48,7 +55,9 @@ class Arguments:
     """Measure imagined targets against the expert at visited states."""
 
     episodes: int = 10
-    """Tuning scenes a task."""
+    """Tuning scenes a task, or held-out demonstrations."""
+    demos: Path | None = None
+    """Folder of demonstrations: those of split validation instead of a simulator and its expert."""
     zoo: Path = Path("zoo")
     """Folder of base, worldmodel and adapters."""
     regimes: tuple[str, ...] = ()
@@ -58,6 +67,43 @@ class Arguments:
     """Folders of results and of the regimes' parts, as `experiment` has them."""
     threads: int = 1
     """CPU threads."""
+
+
+@dataclass(frozen=True)
+class States:
+    """n states at which somebody knows better.
+
+    frames uint8 (n, H, W, 3); prompts: the active skills; base, expert: chunks float32 (n, M, A) in the simulator's units; seen
+    uint8 (n, M, H, W, 3): what the expert's chunk looks like.
+    """
+
+    frames: Tensor
+    prompts: tuple[str, ...]
+    base: Tensor
+    expert: Tensor
+    seen: Tensor
+
+
+def visited(run: Run) -> States:
+    """The states of one run (with expert="video")."""
+    assert run.expert is not None and run.expert_frames is not None
+    frames, base, expert, seen = map(
+        torch.from_numpy, (run.trajectory.frames, run.trajectory.base, run.expert, run.expert_frames)
+    )
+    return States(frames, run.trajectory.prompts, base, expert, seen)
+
+
+def demonstrated(episode: Episode, base: TinyPolicy) -> States:
+    """The chunk starts of a demonstration from which everything was intended, with the skills that a running policy would have
+    been given there."""
+    prompts = [skill.prompt for skill in lived_skills(episode) for _ in range(skill.start, skill.end, M)]
+    wanted = intended(episode)[: M * len(prompts)].reshape(-1, M).all(axis=1)
+    at = M * np.flatnonzero(wanted)
+    grid, states = torch.from_numpy(camera_grid(episode)), torch.from_numpy(episode.states[at])
+    following = torch.from_numpy(at)[:, None] + torch.arange(M)
+    chunk = base.act(grid[at], states, [episode.instruction] * len(at))
+    said = tuple(prompts[i] for i in np.flatnonzero(wanted))
+    return States(grid[at], said, chunk, torch.from_numpy(episode.actions)[following], grid[following + 1])
 
 
 @dataclass(frozen=True)
@@ -73,16 +119,13 @@ class Links:
 
 
 @torch.no_grad()
-def links(run: Run, model: WorldModel, adapters: Adapters) -> Links:
-    """Every link of the chain at the states of one run (with expert="video")."""
-    assert run.expert is not None and run.expert_frames is not None
-    frames = torch.from_numpy(run.trajectory.frames)
-    imagined = model.imagine(frames, run.trajectory.prompts, 1, [0] * len(frames))
-    true = model.encode(torch.cat([frames[:, None], torch.from_numpy(run.expert_frames)], dim=1))
+def links(at: States, model: WorldModel, adapters: Adapters) -> Links:
+    """Every link of the chain at some states."""
+    imagined = model.imagine(at.frames, at.prompts, 1, [0] * len(at.frames))
+    true = model.encode(torch.cat([at.frames[:, None], at.seen], dim=1))
     read, named = (adapters.decoder(adapters.video(latents[:, 1:]))[:, 0] for latents in (true, imagined))
     error, copied = ((x - true[:, 1]).square().mean((1, 2, 3)) for x in (imagined[:, 1], true[:, 0]))
-    expert, base = (adapters.actions.normalise(torch.from_numpy(x)) for x in (run.expert, run.trajectory.base))
-    return Links(expert, base, read, named, error, copied)
+    return Links(adapters.actions.normalise(at.expert), adapters.actions.normalise(at.base), read, named, error, copied)
 
 
 def row(found: list[Links], adapters: Adapters) -> list[float]:
@@ -94,20 +137,35 @@ def row(found: list[Links], adapters: Adapters) -> list[float]:
     return [*errors, *sizes, (whole["error"].sum() / whole["copied"].sum()).item()]
 
 
-def measure(paths: Mapping[str, Path], episodes: int) -> dict[str, list[float]]:
-    """Task, or `ALL` -> numbers under COLUMNS, with the weights files `paths` of PARTS. Raises WeightsError."""
+def measure(paths: Mapping[str, Path], episodes: int, demos: Path | None = None) -> dict[str, list[float]]:
+    """Task, or `ALL` -> numbers under COLUMNS, with the weights files `paths` of PARTS. Raises WeightsError, FormatError."""
     base = TinyPolicy.load(paths["base"])
     model = WorldModel.load(paths["worldmodel"])
     adapters = Adapters.load(paths["adapters"])
     adapters.check_worldmodel(model.hash)
-    arena = Arena(adapters.actions.std.numpy())
-    found: dict[str, list[Links]] = {}
-    for task in (task.name for task in arena.spec.tasks):
-        specs = [EpisodeSpec(0, task, index, 0.0, f"{index:x}") for index in range(episodes)]
-        found[task] = [links(run, model, adapters) for run in arena.run(specs, Frozen(base), Split.TUNING, expert="video")]
-    arena.close()
+    states = simulated(base, adapters, episodes) if demos is None else held_out(demos, base, episodes)
+    found = {task: [links(at, model, adapters) for at in members] for task, members in states}
+    if not found:
+        raise ValueError(f"demos: {demos} has no chunk of {M} actions that were all intended")
     found[ALL] = [one for members in found.values() for one in members]
     return {task: row(members, adapters) for task, members in found.items()}
+
+
+def simulated(base: TinyPolicy, adapters: Adapters, episodes: int) -> Iterator[tuple[str, list[States]]]:
+    """Task by task, where the base comes to on tuning scenes, and what the simulator's expert would do there."""
+    arena = Arena(adapters.actions.std.numpy())
+    for task in (task.name for task in arena.spec.tasks):
+        specs = [EpisodeSpec(0, task, index, 0.0, f"{index:x}") for index in range(episodes)]
+        yield task, [visited(run) for run in arena.run(specs, Frozen(base), Split.TUNING, expert="video")]
+    arena.close()
+
+
+def held_out(demos: Path, base: TinyPolicy, episodes: int) -> Iterator[tuple[str, list[States]]]:
+    """Task by task, `episodes` demonstrations of split validation at most. Raises FormatError where there is none."""
+    for task, members in itertools.groupby(robomimic.read_root(demos, allowed=[Split.VALIDATION]), lambda e: e.task):
+        found = [demonstrated(episode, base) for episode in itertools.islice(members, episodes)]
+        if known := [at for at in found if len(at.frames)]:
+            yield task, known
 
 
 def show(title: str, rows: Mapping[str, list[float]]) -> Table:
@@ -122,19 +180,25 @@ def show(title: str, rows: Mapping[str, list[float]]) -> Table:
     return table
 
 
-def read(out: Path) -> dict[str, dict[str, Any]]:
+def kept_at(out: Path, regime: str, demos: bool = False) -> Path:
+    """Where what was found of a regime is kept; demos: on held-out demonstrations."""
+    return out / "diagnosis" / f"{regime}{'-demonstrations' if demos else ''}.json"
+
+
+def read(out: Path, demos: bool = False) -> dict[str, dict[str, Any]]:
     """What was kept under `out`, regime by regime in the catalogue's order."""
-    paths = {name: out / "diagnosis" / f"{name}.json" for name in REGIMES}
+    paths = {name: kept_at(out, name, demos) for name in REGIMES}
     return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
 
 
 def run(arguments: Arguments, console: Console) -> None:
-    """The whole command. Raises ValueError for an unknown regime or one whose parts are not there, WeightsError, OSError."""
+    """The whole command. Raises ValueError for an unknown regime, one whose parts are not there or no demonstrations,
+    WeightsError, OSError."""
     torch.set_num_threads(arguments.threads)
-    title = "Targets against the expert at states that the base visits"
+    title = f"Targets against the expert at {'held-out demonstrations' if arguments.demos else 'states that the base visits'}"
     if not arguments.regimes:
         paths = {name: arguments.zoo / f"{name}.safetensors" for name in PARTS}
-        console.print(show(title, measure(paths, arguments.episodes)))
+        console.print(show(title, measure(paths, arguments.episodes, arguments.demos)))
     places = Places(out=arguments.out, cache=arguments.cache, zoo=arguments.zoo)
     names = tuple(REGIMES) if arguments.regimes == (ALL,) else arguments.regimes
     for name in names:
@@ -143,9 +207,9 @@ def run(arguments: Arguments, console: Console) -> None:
         if missing := lacking(REGIMES[name], places):
             raise ValueError(f"{name}: has no {' and '.join(missing)} yet; `world2act experiment regimes` builds them")
     for name in names:
-        rows = measure({part: places.part(REGIMES[name], part) for part in PARTS}, arguments.episodes)
+        rows = measure({part: places.part(REGIMES[name], part) for part in PARTS}, arguments.episodes, arguments.demos)
         found = {"weights": weights(REGIMES[name], places), "episodes": arguments.episodes, "columns": COLUMNS, "rows": rows}
-        write_whole(arguments.out / "diagnosis" / f"{name}.json", json.dumps(found, indent=1))
+        write_whole(kept_at(arguments.out, name, arguments.demos is not None), json.dumps(found, indent=1))
         console.print(show(f"{title}, {name}", rows))
 
 

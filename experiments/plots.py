@@ -30,31 +30,39 @@ def draw(table: Table, path: Path) -> None:
             axes.set_xlabel(experiment.axis)
 
 
-def teachers(points: Sequence[tuple[str, float, Difference]], path: Path) -> None:
-    """Write the plot of (regime, error of its imagined targets over its base's, gain of post-training) to `path` (PNG)."""
-    kinds = dict.fromkeys(name.rstrip("0123456789").rstrip("-") for name, *_ in points)
-    with _figure(path, 3.6) as axes:
-        for kind, colour in zip(kinds, cycle(COLOURS), strict=False):
-            for name, ratio, gain in (p for p in points if p[0].startswith(kind)):
-                errors = [[gain.value - gain.low], [gain.high - gain.value]]
+def teachers(points: Sequence[tuple[str, float, float | None, Difference]], path: Path) -> None:
+    """Write the plot of (regime, error of its imagined targets over its base's at visited states, the same on held-out
+    demonstrations or None, gain of post-training) to `path` (PNG)."""
+    colours = dict(zip(dict.fromkeys(_kind(name) for name, *_ in points), cycle(COLOURS), strict=False))
+    with _figure(path, 3.8, panels=2) as panels:
+        for axes, where, which in zip(panels, ("states that the base visits", "held-out demonstrations"), (1, 2), strict=True):
+            for point in (p for p in points if p[which] is not None):
+                name, ratio, gain = point[0], point[which], point[3]
+                errors, colour = [[gain.value - gain.low], [gain.high - gain.value]], colours[_kind(name)]
                 axes.errorbar(ratio, gain.value, errors, marker="o", markersize=4, capsize=2, color=colour)
                 axes.annotate(name, (ratio, gain.value), (5, 4), textcoords="offset points", fontsize=7, color=colour)
-        axes.axhline(0.0, color=GREY, linestyle=":")
-        axes.set_xlabel("error of imagined targets / error of the base, against the expert")
-        axes.set_ylabel("success after - before, 95 %")
+            axes.axhline(0.0, color=GREY, linestyle=":")
+            axes.set_title(where, fontsize=9)
+            axes.set_xlabel("error of imagined targets / of the base")
+        panels[0].set_ylabel("success after - before, 95 %")
+
+
+def _kind(regime: str) -> str:
+    return regime.rstrip("0123456789").rstrip("-")
 
 
 @contextmanager
-def _figure(path: Path, height: float) -> Iterator[Any]:
-    """Axes that are saved to `path` whole or not at all."""
+def _figure(path: Path, height: float, panels: int = 1) -> Iterator[Any]:
+    """Axes that are saved to `path` whole or not at all; several panels share their y."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6.4, height), layout="constrained")
+    figure, axes = plt.subplots(1, panels, figsize=(6.4 + 3.2 * (panels - 1), height), layout="constrained", sharey=True)
     yield axes
-    axes.spines[["top", "right"]].set_visible(False)
+    for one in figure.axes:
+        one.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     figure.savefig(temporary, dpi=110, format="png", metadata={"Software": None})

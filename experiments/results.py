@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import tyro
 from rich.console import Console
@@ -177,28 +178,47 @@ def page(out: Path) -> str:
 
 
 @dataclass(frozen=True)
-class Teacher:
-    """A regime that `world2act diagnose` kept: by task, its numbers; what its post-training gained, if that was measured."""
+class Errors:
+    """What `world2act diagnose` kept of a regime: scenes or demonstrations a task; by task, its numbers by column."""
 
-    regime: str
-    scenes: int
+    episodes: int
     numbers: dict[str, dict[str, float]]
-    gain: Contrast | None
 
     def ratio(self, task: str = diagnose.ALL) -> float:
         """Error of the imagined target over the base's."""
         return self.numbers[task]["imagined"] / self.numbers[task]["base"]
 
 
+@dataclass(frozen=True)
+class Teacher:
+    """A regime's errors where its base comes to, and on held-out demonstrations; what its post-training gained. None: not
+    measured with these weights."""
+
+    regime: str
+    visited: Errors
+    held_out: Errors | None
+    gain: Contrast | None
+
+
 def teachers(out: Path, tables: Sequence[Table]) -> list[Teacher]:
     """Every regime that was diagnosed, beside the gain with the same weights: the first table that has it."""
-    found = []
+    found, held_out = [], diagnose.read(out, demos=True)
     for name, kept in diagnose.read(out).items():
-        numbers = {task: dict(zip(kept["columns"], row, strict=True)) for task, row in kept["rows"].items()}
+        other = held_out.get(name, {})
         of_weights = [table for table in tables if kept["weights"] in table.weights.get(name, [])]
         gains = (c for t in of_weights for c in t.contrasts if c.label == f"world2act, {name}" and c.against.startswith("base"))
-        found.append(Teacher(name, kept["episodes"], numbers, next(gains, None)))
+        same = _errors(other) if other.get("weights") == kept["weights"] else None
+        found.append(Teacher(name, _errors(kept), same, next(gains, None)))
     return found
+
+
+def _errors(kept: Mapping[str, Any]) -> Errors:
+    return Errors(kept["episodes"], {task: dict(zip(kept["columns"], row, strict=True)) for task, row in kept["rows"].items()})
+
+
+def _rank(pairs: Sequence[tuple[float, float]]) -> str:
+    """Of ratios and gains, for a sentence."""
+    return f"{spearmanr(*zip(*pairs, strict=True)).statistic:.2f} (n {len(pairs)})" if len(pairs) > 2 else "too few"
 
 
 def diagnosis(found: Sequence[Teacher], folder: str) -> list[str]:
@@ -206,22 +226,30 @@ def diagnosis(found: Sequence[Teacher], folder: str) -> list[str]:
     if not found:
         return []
     header = ["regime", "scenes a task", "base", "true video", "imagined video", "imagined / base", "latent / copy"]
-    rows, by_task, pairs = [], [], []
+    rows, by_task = [], []
+    ranks: dict[str, list[tuple[float, float]]] = {"visited": [], "visited, by task": [], "held out": [], "held out, by task": []}
     for one in found:
-        n, gain = one.numbers[diagnose.ALL], one.gain
-        shown = (n["base"], n["true"], n["imagined"], one.ratio(), n["latent"])
+        n, gain, other = one.visited.numbers[diagnose.ALL], one.gain, one.held_out
+        shown = [f"{value:.2f}" for value in (n["base"], n["true"], n["imagined"], one.visited.ratio(), n["latent"])]
         said = f"{gain.difference} (n {gain.n})" if gain else "not measured with these weights"
-        rows.append([one.regime, str(one.scenes), *(f"{value:.2f}" for value in shown), said])
-        both = [(one.ratio(task), contrast.difference.value) for task, contrast in sorted(gain.tasks.items())] if gain else []
-        by_task += [[one.regime, *(f"{ratio:.2f}: {value:+.2f}" for ratio, value in both)]] if both else []
-        pairs += both
+        rows.append(
+            [one.regime, str(one.visited.episodes), *shown, f"{other.ratio():.2f} ({other.episodes})" if other else "", said]
+        )
+        if gain is None:
+            continue
+        tasks = {task: contrast.difference.value for task, contrast in sorted(gain.tasks.items())}
+        by_task.append([one.regime, *(f"{one.visited.ratio(task):.2f}: {value:+.2f}" for task, value in tasks.items())])
+        for name, errors in (("visited", one.visited), ("held out", other)):
+            if errors:
+                ranks[name].append((errors.ratio(), gain.difference.value))
+                ranks[f"{name}, by task"] += [(errors.ratio(task), value) for task, value in tasks.items()]
     title, about = DIAGNOSIS
-    lines = [f"## {title}", "", about, "", *markdown([*header, "post-training gains"], rows), ""]
-    if pairs:
-        tasks = sorted(next(one.gain for one in found if one.gain).tasks)
-        rank = f", rank correlation {spearmanr(*zip(*pairs, strict=True)).statistic:.2f}" if len(pairs) > 2 else ""
-        lines += [f"**imagined / base: gain, task by task** ({len(pairs)} pairs{rank})", ""]
-        lines += [*markdown(["regime", *tasks], by_task), ""]
+    lines = [f"## {title}", "", about, "", *markdown([*header, "the same, held out", "post-training gains"], rows), ""]
+    if by_task:
+        said = "; ".join(f"{name} {_rank(pairs)}" for name, pairs in ranks.items())
+        lines += [f"Rank correlation of imagined / base with the gain: {said}.", ""]
+        lines += ["**imagined / base at visited states: gain, task by task**", ""]
+        lines += [*markdown(["regime", *sorted(next(one.gain for one in found if one.gain).tasks)], by_task), ""]
     return [*lines, f"![{title}]({folder}/diagnosis.png)", ""]
 
 
@@ -230,8 +258,9 @@ DIAGNOSIS = (
     "At the states that the base visits on tuning scenes, squared errors of normalised chunks against the simulator's expert: "
     "the base's own chunk, what the adapters read from the expert's *true* video, and from the *imagined* video, which is the "
     "target. A target that is no nearer to the expert than the base's own chunk has nothing to teach. latent / copy: error of "
-    "the imagined latent relative to copying the frame. Command: `world2act diagnose --regimes all --episodes N`, N scenes a "
-    "task",
+    "the imagined latent relative to copying the frame. held out: at the states of held-out demonstrations, half of them "
+    "disturbed (how many a task), and against what was done there; needs no simulator. Commands: `world2act diagnose "
+    "--regimes all --episodes N`, N scenes a task; the same with `--demos data/demos`",
 )
 
 
@@ -249,7 +278,11 @@ def publish(out: Path) -> Path:
         write_whole(out / f"{table.plan.experiment}.json", to_json(table))
         if table.cells:
             plots.draw(table, out / f"{table.plan.experiment}.png")
-    points = [(one.regime, one.ratio(), one.gain.difference) for one in teachers(out, found) if one.gain]
+    points = [
+        (one.regime, one.visited.ratio(), one.held_out.ratio() if one.held_out else None, one.gain.difference)
+        for one in teachers(out, found)
+        if one.gain
+    ]
     if points:
         plots.teachers(points, out / "diagnosis.png")
     path = out.with_name(f"{out.name}.md")

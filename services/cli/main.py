@@ -244,7 +244,7 @@ def _module(name: str) -> Callable[[], None]:
         "stage1": "Train the adapters (Stage 1), with --backbone on a large world model. Own options: world2act stage1 --help.",
         "experiment": "Measure: main, methods, worldmodel, objectives, adapters, ... Own options: world2act experiment --help.",
         "results": "Gather what experiments measured into docs/results.md. Own options: world2act results --help.",
-        "diagnose": "Measure imagined targets against the expert. Own options: world2act diagnose --help.",
+        "diagnose": "Do targets know better than the base? Asks an expert, or --demos. Own options: world2act diagnose --help.",
     }[name]
     return command
 

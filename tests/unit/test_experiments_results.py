@@ -80,14 +80,19 @@ def test_a_diagnosis_stands_beside_the_gain_of_the_same_weights(plan: Plan, tmp_
     rows_of = dict.fromkeys((diagnose.ALL, "push", "reach"), (0.5, 0.1, 0.25, 1.0, 1.0, 1.0, 0.6))
     for name, weights in (("video-rich-4", WEIGHTS), ("shipped", WEIGHTS), ("video-rich-10", WEIGHTS | {"base": "e" * 64})):
         kept = {"weights": weights, "episodes": 5, "columns": diagnose.COLUMNS, "rows": rows_of}
-        write_whole(tmp_path / "diagnosis" / f"{name}.json", json.dumps(kept))
+        write_whole(diagnose.kept_at(tmp_path, name), json.dumps(kept))
+    on_demonstrations = {**rows_of, diagnose.ALL: (0.5, 0.1, 0.2, 1.0, 1.0, 1.0, 0.6)}
+    for name, weights in (("video-rich-4", WEIGHTS), ("shipped", WEIGHTS | {"adapters": "e" * 64})):
+        kept = {"weights": weights, "episodes": 5, "columns": diagnose.COLUMNS, "rows": on_demonstrations}
+        write_whole(diagnose.kept_at(tmp_path, name, demos=True), json.dumps(kept))
     gains = {one.regime: one.gain for one in results.teachers(tmp_path, tables.tables(tmp_path))}
     assert list(gains) == ["shipped", "video-rich-4", "video-rich-10"] and gains["shipped"] is gains["video-rich-10"] is None
     found = gains["video-rich-4"]
     assert found is not None and (found.n, found.against) == (16, "base")
     text = results.publish(tmp_path).read_text()
-    assert f"| video-rich-4 | 5 | 0.50 | 0.10 | 0.25 | 0.50 | 0.60 | {found.difference} (n 16) |" in text
-    assert "| shipped | 5 | 0.50 | 0.10 | 0.25 | 0.50 | 0.60 | not measured with these weights |" in text
+    assert f"| video-rich-4 | 5 | 0.50 | 0.10 | 0.25 | 0.50 | 0.60 | 0.40 (5) | {found.difference} (n 16) |" in text
+    assert "| shipped | 5 | 0.50 | 0.10 | 0.25 | 0.50 | 0.60 |  | not measured with these weights |" in text, "other weights"
+    assert "visited too few; visited, by task too few; held out too few; held out, by task too few." in text
     assert "| video-rich-4 | 0.50: +0.88 | 0.50: +0.00 |" in text
     assert (tmp_path / "diagnosis.png").read_bytes()[:4] == b"\x89PNG"
 
