@@ -21,7 +21,7 @@ from world2act.segmentation.comparison import compare
 from world2act.segmentation.events import GripperCalibration, calibrated
 from world2act.segmentation.planner import Planner
 from world2act.segmentation.schemas import load_schemas
-from world2act.segmentation.segment import Segmentation, segment_episode, segment_film
+from world2act.segmentation.segment import Segmentation, hand_of, segment_episode, segment_film
 from world2act.segmentation.visual import pixel_features
 from world2act.types import Episode, ImageArray
 
@@ -74,9 +74,8 @@ def survey(source: Source, embodiment: str | None = None) -> Recipe:
         raise ValueError(
             f"embodiment: the hand of {(embodiment or source.robot)[:40]!r} is not known; name the one to use ({known})"
         )
-    base = table.calibration(hand)
-    said = json.loads(seen[0].meta.get("env_args", "{}")).get("gripper_open_width")
-    calibration = calibrated(base, series) if said is None else replace(base, open_width_m=float(said))
+    told = "gripper_open_width" in json.loads(seen[0].meta.get("env_args", "{}"))
+    calibration = hand_of(seen[0], hand) if told else calibrated(table.calibration(hand), series)
     return replace(recipe, embodiment=hand, calibration=calibration)
 
 

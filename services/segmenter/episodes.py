@@ -6,13 +6,11 @@ sizes are checked before anything is read. One episode is in memory at a time.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 from world2act.data.formats import FormatError, Skipped, Source, find_format, no_widths
-from world2act.segmentation import GripperCalibration, load_schemas
+from world2act.segmentation import GripperCalibration, hand_of, load_schemas
 from world2act.segmentation.schemas import DEFAULT_EMBODIMENT
 from world2act.splits import Split
 from world2act.types import Episode
@@ -56,15 +54,10 @@ def calibration_of(source: Source, episode: Episode, embodiment: str | None) -> 
 
     Raises ValueError naming the field where nobody says which hand it is, or a file says nonsense.
     """
-    table = load_schemas()
-    name = embodiment or table.hand(source.robot)
-    if name is None and not no_widths(episode):
+    table, robot = load_schemas(), embodiment or source.robot
+    if no_widths(episode):
+        return table.calibration(DEFAULT_EMBODIMENT)  # of no use
+    if table.hand(robot) is None:
         known = ", ".join(table.calibrations)
-        raise ValueError(f"embodiment: the hand of {source.robot[:40]!r} is not known; name the one to use ({known})")
-    hand = table.calibration(name or DEFAULT_EMBODIMENT)
-    width = json.loads(episode.meta.get("env_args", "{}")).get("gripper_open_width")
-    if width is None:
-        return hand
-    if not isinstance(width, int | float):
-        raise ValueError(f"env_args.gripper_open_width: must be a number, metres, got {str(width)[:40]!r}")
-    return replace(hand, open_width_m=float(width))
+        raise ValueError(f"embodiment: the hand of {robot[:40]!r} is not known; name the one to use ({known})")
+    return hand_of(episode, robot)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ from world2act.segmentation import (
     RuleBasedPlanner,
     check_widths,
     contact_events,
+    hand_of,
     load_schemas,
     parse_schemas,
 )
 from world2act.segmentation.events import MAX_FRAMES, as_json
 from world2act.segmentation.schemas import with_determiner
+from world2act.types import Episode
 
 HAND = GripperCalibration(open_width_m=0.1, delta_on_m=0.05, delta_off_m=0.03, min_frames=3, min_gap_frames=3)
 PLANNER = RuleBasedPlanner()
@@ -342,3 +345,23 @@ def test_shipped_schemas() -> None:
         table.task("fly")
     with pytest.raises(ValueError, match="embodiment: 'octopus' is unknown; choose one of metaworld"):
         table.calibration("octopus")
+
+
+def test_the_hand_of_an_episode_opens_as_wide_as_its_file_says() -> None:
+    def told(robot: str, **env_args: object) -> Episode:
+        meta = {"robot": robot, **({"env_args": json.dumps(env_args)} if env_args else {})}
+        widths = np.linspace(0.01, 0.06, 9, dtype=np.float32)
+        nothing = np.zeros((8, 4), np.float32)
+        states = np.zeros((9, 4), np.float32)
+        return Episode("reach", "worldmodel", 0, "reach the goal", {}, states, widths, nothing, True, meta=meta)
+
+    table = load_schemas()
+    panda = table.calibration("panda")
+    assert hand_of(told("libero")) == panda
+    told_width = hand_of(told("libero", gripper_open_width=0.0775))
+    assert told_width == replace(panda, open_width_m=0.0775)
+    assert told_width == table.calibration_of("libero", 0.0775), "as a running policy has it"
+    assert hand_of(told("octopus")) == table.calibration_of("octopus", float(np.float32(0.06)))
+    assert hand_of(told("octopus"), "panda") == panda
+    with pytest.raises(ValueError, match=r"env_args\.gripper_open_width: must be a number, metres, got 'wide'"):
+        hand_of(told("libero", gripper_open_width="wide"))

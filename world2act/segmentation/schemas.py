@@ -113,9 +113,9 @@ class SchemaTable:
         return name if name in self.calibrations else None
 
     def calibration_of(self, robot: str, open_width_m: float) -> GripperCalibration:
-        """The calibration of the hand of a robot or simulator; of one that is not known, by how wide it opens."""
+        """The calibration of the hand of a robot or simulator that opens this wide; of an unknown one by that alone."""
         if (hand := self.hand(robot)) is not None:
-            return self.calibration(hand)
+            return replace(self.calibration(hand), open_width_m=open_width_m)
         return GripperCalibration(open_width_m, 0.45 * open_width_m, 0.3 * open_width_m)
 
     def match(self, instruction: str) -> TaskSchema | None:

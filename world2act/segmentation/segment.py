@@ -142,16 +142,18 @@ def segment_film(
     return _cut(plan, Alignment(steps, ends, (*reasons, f"{steps[-1].prompt!r} ends with the episode"), ()), (), actions)
 
 
-def hand_of(episode: Episode) -> GripperCalibration:
-    """The calibration that a running policy of the episode's robot has (`SchemaTable.calibration_of`).
+def hand_of(episode: Episode, robot: str | None = None) -> GripperCalibration:
+    """The calibration of the hand of an episode, the one that a running policy of its robot has.
 
-    The robot is named in its meta; how wide an unknown one opens is said by its file, or else by its widths. Meta-World's hand
-    where no robot is named.
+    robot: by default the one that its meta names; Meta-World's hand where none is named. How wide it opens is what the file says,
+    or else the calibration, or else, of an unknown robot, the widths. Raises ValueError where the file's is no number.
     """
-    table = load_schemas()
-    if (robot := episode.meta.get("robot")) is None:
-        return table.calibration(DEFAULT_EMBODIMENT)
+    table, robot = load_schemas(), robot or episode.meta.get("robot", DEFAULT_EMBODIMENT)
     said = json.loads(episode.meta.get("env_args", "{}")).get("gripper_open_width")
+    if said is None and (hand := table.hand(robot)) is not None:
+        return table.calibration(hand)
+    if not isinstance(said, int | float | None):
+        raise ValueError(f"env_args.gripper_open_width: must be a number, metres, got {str(said)[:40]!r}")
     return table.calibration_of(robot, float(np.nanmax(episode.widths) if said is None else said))
 
 
