@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,9 @@ import pytest
 from services.simulator.collect import record
 from services.simulator.envs import base, libero_files
 from tests.stand_ins import packages
+from world2act.data.clips import skills_of
+from world2act.data.robomimic import EpisodeWriter, read_episodes
+from world2act.segmentation import OnlineSkill, RuleBasedPlanner, load_schemas
 from world2act.splits import Split, scene_seed
 from world2act.types import ImageArray, M
 
@@ -256,6 +260,27 @@ def test_replaying_an_expert_reproduces_its_states(env: base.Environment, probe:
                 success = result.success
             assert (np.concatenate(states) == episode.states).all()
             assert success == episode.success
+
+
+def test_training_cuts_a_recorded_episode_where_a_running_policy_changes_skills(
+    env: base.Environment, probe: Probe, tmp_path: Path
+) -> None:
+    """Both see the grasp with this robot's hand: the world model is asked for the skills that it was trained on."""
+    if not probe.expert_tasks:
+        pytest.skip(f"{env.spec.simulator}: has no scripted expert")
+    for task in probe.expert_tasks:
+        path = tmp_path / f"{task}.hdf5"
+        with EpisodeWriter(path, split=Split.TUNING, env_args=env.spec.env_args(task)) as writer:
+            writer.write(record(env, task, Split.TUNING, 5))
+        (episode,) = read_episodes(path, allowed=[Split.TUNING])
+        hand = load_schemas().calibration_of(env.spec.simulator, env.spec.gripper_open_width)
+        running = OnlineSkill(RuleBasedPlanner().plan(episode.instruction, task), hand)
+        starts = range(0, len(episode.actions), env.spec.chunk)
+        asked = [running.update(episode.widths[max(0, t - env.spec.chunk + 1) : t + 1]) for t in starts]
+        trained = [skill.prompt for skill in skills_of(episode)[0] for _ in range(skill.start, skill.end, env.spec.chunk)]
+        changes = [next((i for i, prompt in enumerate(said) if prompt != said[0]), None) for said in (asked, trained)]
+        assert asked[0] == trained[0] and changes[0] == changes[1], task
+        assert changes[0] is not None or "pick" not in asked[0], task
 
 
 def test_truth_and_preview(env: base.Environment, probe: Probe) -> None:
