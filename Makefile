@@ -49,6 +49,7 @@ libero:
 	@scripts/setup.sh libero
 	@OMP_NUM_THREADS=1 scripts/make_zoo.sh data/libero_object/zoo
 	@W2A_SIMULATOR_NAME=libero W2A_ZOO=data/libero_object/zoo $(RUN)world2act demo --tasks 'libero_object-*' --out libero.html $(DEMO)
+	@OMP_NUM_THREADS=1 $(RUN)python -m experiments.more_cloning --simulator libero --demos $(DEMOS) --zoo data/libero_object/zoo $(CLONING)
 
 skills:
 	@scripts/setup.sh all

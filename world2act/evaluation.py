@@ -164,10 +164,10 @@ def cells(row: Comparison) -> tuple[str, ...]:
     return row.name, str(row.base.n), str(row.base), str(row.post), f"+{row.gained}", f"-{row.lost}", f"{row.p:.2g}"
 
 
-def rich_table(rows: Sequence[Comparison], title: str = "Success, Wilson 95 %") -> Table:
-    """For a terminal."""
+def rich_table(rows: Sequence[Comparison], title: str = "Success, Wilson 95 %", after: str = "post-trained") -> Table:
+    """For a terminal. after: what is compared with the base."""
     table = Table(title=title)
-    for column in COLUMNS:
+    for column in (after if column == "post-trained" else column for column in COLUMNS):
         table.add_column(column, justify="left" if column == "task" else "right")
     for row in rows:
         table.add_row(*cells(row), end_section=row is rows[-2] if len(rows) > 1 else False)
