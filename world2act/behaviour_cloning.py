@@ -19,7 +19,7 @@ import tyro
 from world2act import splits
 from world2act.console import Progress, no_progress, progress_display
 from world2act.data import robomimic
-from world2act.data.clips import camera_grid, intended
+from world2act.data.clips import camera_every, camera_grid, intended
 from world2act.models.tiny_policy import TinyPolicy, TinyPolicyConfig
 from world2act.models.vae import to_float
 from world2act.optimisation import Precision, autocast, warm_cosine
@@ -58,7 +58,7 @@ class Samples:
 
 
 def samples_of(episodes: Sequence[Episode], rows: int, allowed: Collection[Split] = (Split.BASE,)) -> Samples:
-    """One sample per frame from which M intended actions follow: what is seen there, and they.
+    """One sample per new frame from which M intended actions follow: what is seen there, and they.
 
     LeakageError for a split that is not `allowed`.
     """
@@ -66,7 +66,8 @@ def samples_of(episodes: Sequence[Episode], rows: int, allowed: Collection[Split
     frames, states, chunks, instructions = [], [], [], []
     for episode in episodes:
         wanted = intended(episode)
-        at = np.array([t for t in range(len(episode.actions) - M + 1) if wanted[t : t + M].all()], np.int64)
+        starts = range(0, len(episode.actions) - M + 1, camera_every(episode))
+        at = np.array([t for t in starts if wanted[t : t + M].all()], np.int64)
         frames.append(camera_grid(episode)[at, :rows])
         states.append(episode.states[at])
         chunks.append(episode.actions[at[:, None] + np.arange(M)])

@@ -121,6 +121,7 @@ class _Windows:
         for number in self.rng.choice(len(self.episodes), batch, p=self.chances):
             episode = self.episodes[number]
             first = int(self.rng.integers(0, max(1, len(episode.frames) - SEEN + 1)))
+            first -= first % episode.every  # windows that a slow camera's chunks show
             at = np.arange(first, first + SEEN).clip(max=len(episode.frames) - 1)
             if self.rng.random() < self.settings.still_share:
                 at[:] = at[self.rng.integers(SEEN)]

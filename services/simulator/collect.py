@@ -200,11 +200,13 @@ def collect(settings: CollectSettings, console: Console | None = None) -> list[T
         ("episodes", settings.episodes, 1, 100_000),
         ("perturbed_share", settings.perturbed_share, 0, 1),
         ("noise", settings.noise, 0, 2),
-        ("camera_every", settings.camera_every, 1, 100),
+        ("camera_every", settings.camera_every, 1, probe.spec.chunk),
         ("workers", settings.workers, 1, 64),
     ):
         if not low <= value <= high:
             raise ValueError(f"{name}: {value} is outside [{low}, {high}]")
+    if probe.spec.chunk % settings.camera_every:
+        raise ValueError(f"camera_every: {settings.camera_every} must divide the {probe.spec.chunk} actions of a chunk")
     columns = (TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console or Console(stderr=True)) as progress:
         bars = {task: progress.add_task(task, total=settings.episodes, start=False) for task in tasks}

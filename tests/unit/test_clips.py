@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from world2act.behaviour_cloning import samples_of
 from world2act.data import clips
 from world2act.data.clips import CutEpisode, LatentBank, cut_clips, lived_skills, median_first_frames, read_cut, skills_of
 from world2act.segmentation import Segmentation, segment_episode
 from world2act.splits import LeakageError, Split
 from world2act.types import Episode, Skill
+from world2act.worldmodel_training import VAESettings, _Windows
 
 
 class LastFrameVAE:
@@ -124,6 +126,23 @@ def test_clips_are_cut_with_the_hand_of_the_robot_that_made_them(
     e = Episode(task, "worldmodel", 0, task, {}, states, widths, actions, True, meta={"robot": robot} if robot else {})
     found = [(s.prompt.split()[0], s.start, s.end) for s in skills_of(e)[0]]
     assert found == ([("pick", 0, 12), ("place", 12, 28)] if two else [("pick", 0, 28)])
+
+
+def test_nothing_is_learned_from_frames_that_a_slow_camera_repeats() -> None:
+    """The image of a repeated frame is older than the state and the action beside it."""
+    e = replace(episode(), meta={"env_args": '{"camera_every": 4}'})
+    whole = Segmentation((Skill("a", 0, 12),), None, (), ())
+    assert [len(clip.actions) for clip in cut_clips(e, whole, phases=(0, 2))] == [3]
+    assert [len(clip.actions) for clip in cut_clips(episode(), whole, phases=(0, 2))] == [3, 2]
+    slow = replace(cut_episode(20, TWO_SKILLS), every=4)
+    for stride in (1, 2):
+        bank = LatentBank(LastFrameVAE(), [slow], stride=stride)
+        assert bank.starts.tolist() == [0, 4, 8, 12, 16]
+        assert bank.batch(bank.starts, 2).target[1, 0].flatten().tolist() == [8, 4]
+    windows = _Windows([slow], VAESettings(still_share=0.0, batch=64), np.random.default_rng(0), torch.device("cpu"))
+    assert set(windows.draw(64)[0][:, 0, 0, 0, 0].tolist()) == {0, 4, 8, 12, 16}
+    assert samples_of([replace(e, split="base")], 64).chunks[:, 0, 0].tolist() == [0, 16, 32]
+    assert samples_of([replace(episode(), split="base")], 64).chunks[:, 0, 0].tolist() == [4.0 * t for t in range(9)]
 
 
 def test_a_missed_grasp_is_cut_as_the_policy_would_have_lived_it() -> None:

@@ -150,6 +150,8 @@ def test_an_expert_that_always_fails_is_an_error(tmp_path: Path, monkeypatch: py
         ("episodes", 0, r"episodes: 0 is outside \[1, "),
         ("perturbed_share", 1.5, r"perturbed_share: 1.5 is outside \[0, 1\]"),
         ("workers", 0, "workers: 0 is outside"),
+        ("camera_every", 8, r"camera_every: 8 is outside \[1, 4\]"),
+        ("camera_every", 3, "camera_every: 3 must divide the 4 actions of a chunk"),
         ("simulator", "no-such", "simulator: 'no-such' is unknown"),
     ],
 )

@@ -8,6 +8,8 @@ the skill's end is masked out.
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +39,11 @@ def camera_grid(episode: Episode, cells: dict[str, int] | None = None) -> ImageA
         return episode.images["grid"]
     known = next((c for c in CELLS if set(c) == set(episode.images)), CELLS[0])
     return stitch(episode.images, cells or known)
+
+
+def camera_every(episode: Episode) -> int:
+    """After how many actions its cameras show a new frame. Those between repeat it: no clip and no sample begins at one."""
+    return int(json.loads(episode.meta.get("env_args", "{}")).get("camera_every", 1))
 
 
 def skills_of(episode: Episode, segmented: bool = True) -> tuple[tuple[Skill, ...], bool]:
@@ -73,12 +80,14 @@ def lived_skills(episode: Episode) -> tuple[Skill, ...]:
 def cut_clips(episode: Episode, segmentation: Segmentation | None = None, phases: Sequence[int] = (0,)) -> list[Clip]:
     """An episode's skills as clips of whole chunks; where the segmenter discards it, the skills as it lived them.
 
-    Each skill is cut once per phase, beginning that many frames later: chunks at other phases are other pairs.
+    Each skill is cut once per phase, beginning that many frames later: chunks at other phases are other pairs. A phase at which a
+    slow camera repeats its frame is left out: what is seen there is older than what is done.
     """
     skills = (segmentation.skills or lived_skills(episode)) if segmentation else skills_of(episode)[0]
     grid = camera_grid(episode)
+    every = camera_every(episode)
     shifted = [replace(skill, start=skill.start + phase) for phase in phases for skill in skills]
-    return [_clip(episode, grid, skill) for skill in shifted if skill.end - skill.start >= M]
+    return [_clip(episode, grid, s) for s in shifted if s.end - s.start >= M and s.start % every == 0]
 
 
 def intended(episode: Episode) -> BoolArray:
@@ -97,8 +106,8 @@ def _clip(episode: Episode, grid: ImageArray, skill: Skill) -> Clip:
 
 @dataclass(frozen=True)
 class CutEpisode:
-    """One demonstration and its skills. frames: uint8 (T+1, rows, W, 3), the active rows of the camera grid; weight: how many
-    times it counts where training draws."""
+    """One demonstration and its skills. frames: uint8 (T+1, rows, W, 3), the active rows of the camera grid, of which every
+    `every`-th is new; weight: how many times it counts where training draws."""
 
     task: str
     split: str
@@ -108,6 +117,7 @@ class CutEpisode:
     actions: FloatArray
     intended: BoolArray
     skills: tuple[Skill, ...]
+    every: int = 1
     weight: int = 1
 
 
@@ -146,9 +156,8 @@ def read_cut(
             continue  # shorter than a chunk
         perturbed = episode.meta.get("perturbed") == "true"
         frames = np.ascontiguousarray(camera_grid(episode)[:, :rows])
-        episodes.append(
-            CutEpisode(episode.task, episode.split, episode.index, perturbed, frames, episode.actions, intended(episode), skills)
-        )
+        seen, done, wanted, every = frames, episode.actions, intended(episode), camera_every(episode)
+        episodes.append(CutEpisode(episode.task, episode.split, episode.index, perturbed, seen, done, wanted, skills, every))
     return Cut(episodes, discarded)
 
 
@@ -207,7 +216,7 @@ class LatentBank:
             span = slice(offset + skill.start, offset + skill.end)
             self.ends[span] = offset + skill.end
             self.prompts[span] = [skill.prompt] * (skill.end - skill.start)
-            allowed[offset + skill.start : offset + skill.end - M + 1 : self.stride] = True
+            allowed[offset + skill.start : offset + skill.end - M + 1 : math.lcm(self.stride, episode.every)] = True
         self.perturbed[offset : offset + len(episode.frames)] = episode.perturbed
         actions = torch.from_numpy(episode.actions)
         if len(actions) >= M:
@@ -218,7 +227,7 @@ class LatentBank:
     @torch.no_grad()
     def _encode(self, vae: VideoVAE, episode: CutEpisode, offset: int) -> None:
         frames = torch.from_numpy(episode.frames)
-        at = torch.arange(0, len(frames), self.stride)
+        at = torch.arange(0, len(frames), math.lcm(self.stride, episode.every))
         alone = frames[at][:, None].expand(-1, M + 1, -1, -1, -1)
         self.still[offset + at] = vae.normalise(vae.moments(to_float(alone))[0]).half().cpu()
         at = at[at + M < len(frames)]
