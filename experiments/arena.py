@@ -76,7 +76,7 @@ class _Lane:
 class Arena:
     """Simulators of one process. spread: (A,) standard deviation of actions, the unit of an episode's noise.
 
-    segmented: prompts are the active skill; False: the whole instruction (Base-WM).
+    segmented: prompts are the active skill; False: the whole instruction (Base-WM). textures: every scene has other ones.
     """
 
     def __init__(
@@ -85,8 +85,10 @@ class Arena:
         simulator: str = "metaworld",
         distortion: Distortion | None = None,
         segmented: bool = True,
+        textures: bool = False,
     ) -> None:
         self.simulator, self.spread, self.distortion, self.segmented = simulator, spread, distortion, segmented
+        self.textures = textures
         self._planner = RuleBasedPlanner()
         self._environments: dict[str, Environment] = {}
         probe = make(simulator)
@@ -149,6 +151,8 @@ class Arena:
     def _start(self, place: int, specs: Sequence[EpisodeSpec], split: Split, film: bool) -> _Lane:
         spec = specs[place]
         task = self.spec.task(spec.task)
+        if self.textures:
+            self.environment(spec.task).paint(spec.index)
         first: Observation = self.environment(spec.task).reset(spec.task, scene_seed(split, spec.index))
         hand = load_schemas().calibration_of(self.simulator, self.spec.gripper_open_width)
         skill = OnlineSkill(self._planner.plan(first.instruction, task.name), hand)

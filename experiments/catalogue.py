@@ -30,7 +30,7 @@ MEASURED_AT: dict[Kind, tuple[int, ...]] = {
 SCALES = (0.25, 0.5, 1.0, 2.0)
 SEEN = ("door-open", "drawer-open", "pick-place", "reach")
 """Tasks of the cross-task split that are post-trained; chosen so that either side has hard and easy tasks."""
-DISTORTIONS = ("noise", "light", "distractors")
+DISTORTIONS = ("noise", "light", "distractors", "textures")
 
 
 @dataclass(frozen=True)

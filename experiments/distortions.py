@@ -1,6 +1,7 @@
 """What cameras suffer: the paper argues that latents ignore what pixels show too much of, so methods are compared under it too.
 
-Each maps a camera grid uint8 (H, W, 3) and a seed to what is seen; black rows (cells without a camera) stay black.
+Each maps a camera grid uint8 (H, W, 3) and a seed to what is seen; black rows (cells without a camera) stay black. New textures
+are drawn by the simulator instead (`Environment.paint`): table, floor and walls of every scene are others.
 """
 
 from __future__ import annotations
@@ -45,4 +46,11 @@ def _where_seen(grid: ImageArray, changed: ImageArray) -> ImageArray:
     return np.where(seen, changed, grid)
 
 
-DISTORTIONS: dict[str, Distortion | None] = {"none": None, "noise": noise, "light": light, "distractors": distractors}
+TEXTURES = "textures"
+DISTORTIONS: dict[str, Distortion | None] = {
+    "none": None,
+    "noise": noise,
+    "light": light,
+    "distractors": distractors,
+    TEXTURES: None,
+}

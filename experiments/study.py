@@ -149,6 +149,7 @@ def compute(cell: Cell, places: Places, progress: Progress = no_progress) -> dic
         adapters.actions.std.numpy(),
         distortion=distortions.DISTORTIONS[what["distortion"]],
         segmented=regime.worldmodel == "skill",
+        textures=what["distortion"] == distortions.TEXTURES,
     )
     notes: dict[str, float] = {}
     rounds: list[dict[str, str]] = []

@@ -192,6 +192,21 @@ def test_a_seed_determines_everything(env: base.Environment, probe: Probe) -> No
     assert any((different.images[name] != image).any() for name, image in zip(different.images, seen[0][1:], strict=False))
 
 
+def test_paint_changes_what_is_seen_and_nothing_else(env: base.Environment, probe: Probe) -> None:
+    plain = env.reset(probe.task, 5)
+    try:
+        env.paint(1)
+    except base.InvalidInputError as error:
+        assert "has one look" in str(error)
+        return
+    painted = env.reset(probe.task, 5)
+    env.paint(None)
+    again = env.reset(probe.task, 5)
+    for name, image in plain.images.items():
+        assert np.abs(image.astype(int) - painted.images[name]).mean() > 5 and (image == again.images[name]).all(), name
+    assert (plain.state == painted.state).all()
+
+
 def test_goals_are_visible(env: base.Environment, probe: Probe) -> None:
     """Two scenes of any task differ in the first camera's image: what a policy must know is in what it sees."""
     for task in looked_at(env, probe):

@@ -100,6 +100,18 @@ def test_distortions_change_what_is_seen_and_leave_empty_cells_black(plain: list
     assert (distortions.light(grid, 1001) == distortions.light(grid, 1002)).all(), "one light per episode"
 
 
+def test_new_textures_are_those_of_the_scene(plain: list[Run]) -> None:
+    arena = Arena(SPREAD, textures=True)
+    runs = arena.run(specs(), Forward())
+    again = arena.run(specs(), Forward())
+    arena.close()
+    for run, other, same in zip(runs, plain, again, strict=True):
+        np.testing.assert_array_equal(run.trajectory.states[0], other.trajectory.states[0])
+        np.testing.assert_array_equal(run.trajectory.frames, same.trajectory.frames)
+        assert 10 < np.abs(run.trajectory.frames[0, :64].astype(int) - other.trajectory.frames[0, :64]).mean() < 100
+        assert not run.trajectory.frames[:, 64:].any()
+
+
 @pytest.mark.parametrize("task", ["push", "pick-place"])
 def test_the_expert_opens_a_hand_that_somebody_closed(task: str) -> None:
     env = make("metaworld")

@@ -181,6 +181,13 @@ class Environment(ABC):
         """
         raise InvalidInputError(f"task: simulator {self.spec.simulator} has no scripted expert")
 
+    def paint(self, seed: int | None) -> None:
+        """From the next reset on, surfaces look as drawn from `seed`; None: as they are. Physics stays. For experiments.
+
+        Raises InvalidInputError where there is one look.
+        """
+        raise InvalidInputError(f"paint: simulator {self.spec.simulator} has one look")
+
     def truth(self) -> dict[str, float]:
         """What is so after the last action, whatever cameras and proprioception show; changes nothing. Privileged: for scores.
 

@@ -57,6 +57,7 @@ GOAL_COLOUR = (0.0, 1.0, 0.0, 1.0)
 POST_COLOUR = (0.0, 0.6, 0.0, 1.0)
 PUCK_COLOUR = (0.1, 0.2, 1.0, 1.0)
 VIEWS = {"primary": "corner", "wrist": "gripperPOV"}  # ours -> Meta-World's; we move "corner"
+SURFACES = ("table_wood", "basic_floor", "wall_metal")  # materials of what every scene stands on and in front of
 PRIMARY_POSITION = (0.62, 0.15, 0.85)
 PRIMARY_TARGET = (-0.02, 0.69, 0.12)
 PRIMARY_FOVY = 35.0
@@ -151,6 +152,7 @@ class Scene:
     expert: Any
     home: npt.NDArray[np.float64]  # Meta-World's start position of the hand
     groups: dict[str, npt.NDArray[np.int32]]  # camera -> every geom's group, those that it cannot see in HIDDEN_GROUP
+    materials: npt.NDArray[np.int32]  # every geom's, as Meta-World has them
     renderer: mujoco.Renderer | None = None
 
 
@@ -163,6 +165,7 @@ class MetaworldEnvironment(Environment):
         self._raw = np.zeros(39)
         self._success = False
         self._reopens = False  # the expert's: it closed on nothing and has to open again
+        self._paint: int | None = None
 
     def describe(self) -> EnvironmentSpec:
         return SPEC
@@ -172,6 +175,7 @@ class MetaworldEnvironment(Environment):
             self._scenes[task] = build_scene(task)
         self._task, self._success, self._reopens = task, False, False
         env = self._scenes[task].env
+        env.model.geom_matid[:] = painted(env.model, self._scenes[task].materials, self._paint)
         env.hand_init_pos = self._scenes[task].home + np.random.default_rng([seed, *task.encode()]).uniform(START_LOW, START_HIGH)
         env.seed(seed)
         # Meta-World places the object while the previous scene still stands; a second reset with the same draws
@@ -251,6 +255,10 @@ class MetaworldEnvironment(Environment):
         gap = np.linalg.norm(env.data.body("rightpad").xpos - env.data.body("leftpad").xpos) - PAD_THICKNESS
         return np.array([*env.tcp_center, max(gap, 0.0)], np.float32)
 
+    def paint(self, seed: int | None) -> None:
+        """See the base class: table, floor and walls get each other's textures, or the objects'."""
+        self._paint = seed
+
     def truth(self) -> dict[str, float]:
         """See the base class."""
         if not self._task:
@@ -312,7 +320,18 @@ def build_scene(task: str) -> Scene:
     expert: Any = ENV_POLICY_MAP[name]
     home = np.array(env.hand_init_pos, np.float64)
     groups = {"primary": geom_groups(model, UNSEEN), "wrist": geom_groups(model, UNSEEN_BY_WRIST)}
-    return Scene(env, expert(), home, groups)
+    return Scene(env, expert(), home, groups, model.geom_matid.copy())
+
+
+def painted(model: mujoco.MjModel, own: npt.NDArray[np.int32], seed: int | None) -> npt.NDArray[np.int32]:
+    """Material of every geom: `own`, but from a seed each of SURFACES is made of another of the scene's textured materials."""
+    materials = own.copy()
+    if seed is not None:
+        rng, textured = np.random.default_rng(seed), np.flatnonzero((model.mat_texid >= 0).any(axis=1))
+        for name in SURFACES:
+            surface = model.material(name).id
+            materials[own == surface] = rng.choice(textured[textured != surface])
+    return materials
 
 
 def geom_groups(model: mujoco.MjModel, unseen: tuple[str, ...]) -> npt.NDArray[np.int32]:
