@@ -246,8 +246,8 @@ EXPERIMENTS: dict[str, Experiment] = {
     "methods": Experiment(
         "Methods (paper Table 1, Fig. 3)",
         "Baselines in small, on the same base, data, scenes and budget, named after what they imitate. Bounds are not methods: "
-        "in `imagination` the targets act themselves, oracles use the simulator's expert. Distorted cameras are distorted in "
-        "post-training and in evaluation.",
+        "in `imagination` the targets act themselves, oracles use the simulator's expert. Distorted cameras and new textures are "
+        "met in post-training and in evaluation; base, world model and Stage 1 have not seen them.",
         _methods,
     ),
     "worldmodel": Experiment(
