@@ -11,7 +11,6 @@ from pathlib import Path
 
 from world2act.data.formats import FormatError, Skipped, Source, find_format, no_widths
 from world2act.segmentation import GripperCalibration, hand_of, load_schemas
-from world2act.segmentation.schemas import DEFAULT_EMBODIMENT
 from world2act.splits import Split
 from world2act.types import Episode
 
@@ -55,9 +54,7 @@ def calibration_of(source: Source, episode: Episode, embodiment: str | None) -> 
     Raises ValueError naming the field where nobody says which hand it is, or a file says nonsense.
     """
     table, robot = load_schemas(), embodiment or source.robot
-    if no_widths(episode):
-        return table.calibration(DEFAULT_EMBODIMENT)  # of no use
-    if table.hand(robot) is None:
+    if table.hand(robot) is None and not no_widths(episode):
         known = ", ".join(table.calibrations)
         raise ValueError(f"embodiment: the hand of {robot[:40]!r} is not known; name the one to use ({known})")
     return hand_of(episode, robot)

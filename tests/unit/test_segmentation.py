@@ -363,5 +363,6 @@ def test_the_hand_of_an_episode_opens_as_wide_as_its_file_says() -> None:
     assert told_width == table.calibration_of("libero", 0.0775), "as a running policy has it"
     assert hand_of(told("octopus")) == table.calibration_of("octopus", float(np.float32(0.06)))
     assert hand_of(told("octopus"), "panda") == panda
+    assert hand_of(replace(told("octopus"), widths=np.full(9, np.nan, np.float32))) == table.calibration("metaworld")
     with pytest.raises(ValueError, match=r"env_args\.gripper_open_width: must be a number, metres, got 'wide'"):
         hand_of(told("libero", gripper_open_width="wide"))

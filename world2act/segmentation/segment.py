@@ -146,12 +146,14 @@ def hand_of(episode: Episode, robot: str | None = None) -> GripperCalibration:
     """The calibration of the hand of an episode, the one that a running policy of its robot has.
 
     robot: by default the one that its meta names; Meta-World's hand where none is named. How wide it opens is what the file says,
-    or else the calibration, or else, of an unknown robot, the widths. Raises ValueError where the file's is no number.
+    or else the calibration, or else, of an unknown robot, the widths (where there are none, any hand will do). Raises ValueError
+    where the file's is no number.
     """
     table, robot = load_schemas(), robot or episode.meta.get("robot", DEFAULT_EMBODIMENT)
     said = json.loads(episode.meta.get("env_args", "{}")).get("gripper_open_width")
-    if said is None and (hand := table.hand(robot)) is not None:
-        return table.calibration(hand)
+    hand = table.hand(robot)
+    if said is None and (hand or np.isnan(episode.widths).all()):
+        return table.calibration(hand or DEFAULT_EMBODIMENT)
     if not isinstance(said, int | float | None):
         raise ValueError(f"env_args.gripper_open_width: must be a number, metres, got {str(said)[:40]!r}")
     return table.calibration_of(robot, float(np.nanmax(episode.widths) if said is None else said))
