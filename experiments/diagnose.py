@@ -35,6 +35,7 @@ from experiments.catalogue import MEASURED_AT, SHIPPED
 from experiments.cells import write_whole
 from experiments.policies import Frozen
 from experiments.regimes import PARTS, Places, Regime, lacking, weights
+from world2act.console import status
 from world2act.data import robomimic
 from world2act.data.clips import camera_grid, intended, lived_skills
 from world2act.models.adapters import Adapters
@@ -215,12 +216,7 @@ def run(arguments: Arguments, console: Console) -> None:
 
 def main() -> int:
     """Command line; errors are one line and status 2."""
-    try:
-        run(tyro.cli(Arguments), Console())
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    return status(lambda: run(tyro.cli(Arguments), Console()))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from experiments import diagnose
 from experiments.catalogue import EXPERIMENTS
 from experiments.cells import write_whole
 from experiments.tables import Contrast, Line, Table, read_cells, tables
+from world2act.console import status
 from world2act.evaluation import Rate
 from world2act.splits import Split
 
@@ -300,12 +301,7 @@ class Options:
 def main() -> int:
     """Command line; see `Options`."""
     options = tyro.cli(Options, prog="world2act results", description=__doc__)
-    try:
-        print(publish(options.out))
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    return status(lambda: print(publish(options.out)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Progress of long work: a callback that the trainings call, and its display as bars (terminal) or lines (log)."""
+"""Progress of long work: a callback that the trainings call, and its display as bars (terminal) or lines (log). And what a
+command says where its user asked for what cannot be."""
 
 from __future__ import annotations
 
@@ -16,6 +17,16 @@ Progress = Callable[[str, int, int, dict[str, float]], None]
 LINE_SECONDS = 15.0
 SHOWN = 12
 """Bars that stay when they are full; later ones disappear."""
+
+
+def status(work: Callable[[], object]) -> int:
+    """Exit status of `work`: 0, or 2 after one line of why on standard error for ValueError and OSError."""
+    try:
+        work()
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def no_progress(part: str, done: int, total: int, values: dict[str, float]) -> None:
