@@ -139,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with progress_display() as progress:
             plan, failures = run(options, progress)
-        results.show(tables.measure(plan, options.places().out), console)
+        results.show(tables.measure(plan, rows_of(plan.experiment, options.tasks), options.places().out), console)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

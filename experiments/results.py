@@ -162,7 +162,7 @@ def page(out: Path) -> str:
     """The whole page."""
     found = tables(out)
     lines = [INTRODUCTION.format(folder=out.name)]
-    named = {name for table in found for row in table.plan.rows for name in row.cells}
+    named = {name for table in found for names in table.plan.cells.values() for name in names}
     everything = {path.stem for path in (out / "cells").glob("*.json")}
     seconds = sum(result["wall_seconds"] for result in read_cells(out, sorted(named)).values())
     if found:

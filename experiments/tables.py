@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import study
-from experiments.catalogue import EXPERIMENTS, Row
+from experiments.catalogue import EXPERIMENTS, Row, rows_of
 from experiments.cells import Cell, write_whole
 from experiments.regimes import Regime
 from experiments.study import Sizes, outcomes_of
@@ -24,27 +24,14 @@ Result = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class PlannedRow:
-    """A row of the catalogue as it was run: names of its cells, seed by seed; none if it was left out so far."""
-
-    label: str
-    cells: tuple[str, ...]
-    against: tuple[str, ...] = ()
-    paper: str = ""
-    bound: bool = False
-    tasks: tuple[str, ...] | None = None
-    series: str = ""
-    x: float | None = None
-
-
-@dataclass(frozen=True)
 class Plan:
-    """What the newest run of an experiment set out to compute."""
+    """What the newest run of an experiment set out to compute. cells: names by the label of their row in the catalogue,
+    seed by seed; none where it was left out so far."""
 
     experiment: str
     command: str
     sizes: Sizes
-    rows: tuple[PlannedRow, ...]
+    cells: Mapping[str, tuple[str, ...]]
 
     @staticmethod
     def path(out: Path, experiment: str) -> Path:
@@ -63,28 +50,24 @@ class Plan:
             return None
         content = json.loads(path.read_text())
         sizes = content["sizes"]
-        rows = tuple(PlannedRow(**_tuples(row)) for row in content["rows"])
         sizes = Sizes(sizes["seeds"], sizes["trials"], tuple(sizes["tasks"]), Split(sizes["split"]))
-        return Plan(content["experiment"], content["command"], sizes, rows)
-
-
-def _tuples(content: dict[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in content.items()}
+        named = {label: tuple(names) for label, names in content["cells"].items()}
+        return Plan(content["experiment"], content["command"], sizes, named)
 
 
 def planned(
     rows: Sequence[Row], cells: Mapping[str, Sequence[Cell]], earlier: Plan | None, sizes: Sizes, out: Path
-) -> tuple[PlannedRow, ...]:
-    """The catalogue's rows with their cells by label; a row that this run leaves out keeps those of an `earlier` run of the same
-    sizes under `out`, if they are what the catalogue still asks for."""
-    kept = {row.label: row.cells for row in earlier.rows} if earlier and earlier.sizes == sizes else {}
-    found = []
+) -> dict[str, tuple[str, ...]]:
+    """Names of the cells of each of the catalogue's rows; one that this run leaves out keeps those of an `earlier` run of the
+    same sizes under `out`, if they are what the catalogue still asks for."""
+    kept = earlier.cells if earlier and earlier.sizes == sizes else {}
+    found = {}
     for row in rows:
         names = tuple(cell.name for cell in cells[row.label]) if row.label in cells else kept.get(row.label, ())
         if row.label not in cells and not _current(row, read_cells(out, names), sizes):
             names = ()
-        found.append(PlannedRow(row.label, names, row.against, row.paper, row.bound, row.tasks, row.series, row.x))
-    return tuple(found)
+        found[row.label] = names
+    return found
 
 
 def _current(row: Row, results: Mapping[str, Result], sizes: Sizes) -> bool:
@@ -152,24 +135,26 @@ def read_cells(out: Path, names: Iterable[str]) -> dict[str, Result]:
     return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
 
 
-def measure(plan: Plan, out: Path) -> Table:
-    """Every row and contrast of `plan`. Raises ValueError where two rows do not stand on the same base or scenes."""
-    wanted = sorted({name for row in plan.rows for name in row.cells})
+def measure(plan: Plan, rows: Sequence[Row], out: Path) -> Table:
+    """Every row and contrast of an experiment, whose rows in the catalogue are `rows`. Raises ValueError where
+    two rows do not stand on the same base or scenes."""
+    named = {row.label: plan.cells.get(row.label, ()) for row in rows}
+    wanted = sorted({name for names in named.values() for name in names})
     results = read_cells(out, wanted)
-    by_row = {row.label: {r["cell"]["seed"]: r for n in row.cells if (r := results.get(n)) is not None} for row in plan.rows}
-    lines = [_line(row, by_row[row.label], plan.sizes) for row in plan.rows]
+    by_row = {label: {r["cell"]["seed"]: r for n in names if (r := results.get(n)) is not None} for label, names in named.items()}
+    lines = [_line(row, by_row[row.label], plan.sizes) for row in rows]
     weights: dict[str, list[dict[str, str]]] = {}
     for result in results.values():
         what = result["cell"]["what"]
         of_regime = weights.setdefault(Regime(**what["regime"]).name, [])
         of_regime += [what["weights"]] if what["weights"] not in of_regime else []
     seconds = sum(result["wall_seconds"] for result in results.values())
-    unplanned = sum(plan.sizes.seeds for row in plan.rows if not row.cells)
-    contrasts = _contrasts(plan, by_row)
+    unplanned = sum(plan.sizes.seeds for names in named.values() if not names)
+    contrasts = _contrasts(rows, by_row, plan.sizes.split)
     return Table(plan, lines, contrasts, dict(sorted(weights.items())), seconds, len(results), len(wanted) + unplanned)
 
 
-def _line(row: PlannedRow, results: Mapping[int, Result], sizes: Sizes) -> Line:
+def _line(row: Row, results: Mapping[int, Result], sizes: Sizes) -> Line:
     line = Line(row.label, row.paper, row.bound, row.series, row.x, None)
     absent = [seed for seed in range(sizes.seeds) if seed not in results]
     if absent:
@@ -208,14 +193,14 @@ def _rounds(result: Result) -> list[tuple[float, float]]:
     return [(result["notes"][f"round_{i}/positive_cosine"], m.count("1") / len(m)) for i, m in enumerate(marks)]
 
 
-def _contrasts(plan: Plan, by_row: Mapping[str, Mapping[int, Result]]) -> list[Contrast]:
+def _contrasts(rows: Sequence[Row], by_row: Mapping[str, Mapping[int, Result]], split: Split) -> list[Contrast]:
     found = []
-    for row in plan.rows:
+    for row in rows:
         for against in row.against:
             seeds = sorted(set(by_row[row.label]) & set(by_row.get(against, {})))
             if seeds:
                 ours, theirs = ([by_row[name][seed] for seed in seeds] for name in (row.label, against))
-                found.append(_contrast(row, against, ours, theirs, plan.sizes.split))
+                found.append(_contrast(row, against, ours, theirs, split))
     overall = evaluation.holm([contrast.p for contrast in found])
     by_task = iter(evaluation.holm([task.p for contrast in found for task in contrast.tasks.values()]))
     return [
@@ -224,7 +209,7 @@ def _contrasts(plan: Plan, by_row: Mapping[str, Mapping[int, Result]]) -> list[C
     ]
 
 
-def _contrast(row: PlannedRow, against: str, ours: Sequence[Result], theirs: Sequence[Result], split: Split) -> Contrast:
+def _contrast(row: Row, against: str, ours: Sequence[Result], theirs: Sequence[Result], split: Split) -> Contrast:
     bases = {result["cell"]["what"]["weights"]["base"] for result in (*ours, *theirs)}
     if len(bases) > 1:
         raise ValueError(f"{row.label}, {against}: stand on {len(bases)} different base policies; run the experiment again")
@@ -246,4 +231,4 @@ def _of(label: str, against: str, row: Comparison) -> tuple[str, Contrast]:
 def tables(out: Path) -> list[Table]:
     """Every experiment that has a plan under `out`, in the catalogue's order."""
     plans = [plan for name in EXPERIMENTS if (plan := Plan.load(out, name)) is not None]
-    return [measure(plan, out) for plan in plans]
+    return [measure(plan, rows_of(plan.experiment, plan.sizes.tasks), out) for plan in plans]

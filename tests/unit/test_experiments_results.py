@@ -11,10 +11,10 @@ import pytest
 from rich.console import Console
 
 from experiments import diagnose, plots, results, study, tables
-from experiments.catalogue import EXPERIMENTS
+from experiments.catalogue import EXPERIMENTS, Row
 from experiments.cells import Cell, write_whole
-from experiments.study import Sizes
-from experiments.tables import Plan, PlannedRow
+from experiments.study import Sizes, Variant
+from experiments.tables import Plan
 from world2act.splits import LeakageError, Split
 
 ROOT = Path(__file__).parents[2]
@@ -37,22 +37,32 @@ def put(out: Path, variant: str, seed: int, push: str, reach: str, base: str = "
     return cell.name
 
 
+ANY = Variant("any")
+ROWS = [
+    Row("base", ANY, paper="0.701"),
+    Row("world2act", ANY, ("base",), "0.726"),
+    Row("oracle", ANY, ("base", "later"), bound=True),
+    Row("later", ANY, ("base",)),
+]
+
+
+def catalogue(monkeypatch: pytest.MonkeyPatch, rows: list[Row], name: str = "methods") -> None:
+    """From here on `rows` are those of experiment `name`."""
+    monkeypatch.setitem(EXPERIMENTS, name, replace(EXPERIMENTS[name], rows=lambda _: rows))
+
+
 @pytest.fixture
-def plan(tmp_path: Path) -> Plan:
+def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
     base = (put(tmp_path, "base", 0, "0000", "1100"), put(tmp_path, "base", 1, "0001", "1100"))
     ours = (put(tmp_path, "world2act", 0, "1111", "1110"), put(tmp_path, "world2act", 1, "1111", "0100"))
     oracle = (put(tmp_path, "oracle", 0, "1111", "1111"), "oracle-1-absent")
-    rows = (
-        PlannedRow("base", base, paper="0.701"),
-        PlannedRow("world2act", ours, ("base",), "0.726"),
-        PlannedRow("oracle", oracle, ("base", "later"), bound=True),
-        PlannedRow("later", (), ("base",)),
-    )
-    return Plan("methods", "world2act experiment methods --seeds 2 --trials 4", SIZES, rows)
+    catalogue(monkeypatch, ROWS)
+    cells = {"base": base, "world2act": ours, "oracle": oracle, "later": ()}
+    return Plan("methods", "world2act experiment methods --seeds 2 --trials 4", SIZES, cells)
 
 
 def test_rates_by_seed_and_paired_differences(plan: Plan, tmp_path: Path) -> None:
-    table = tables.measure(plan, tmp_path)
+    table = tables.measure(plan, ROWS, tmp_path)
     base, ours, oracle, later = table.lines
     assert base.rate is not None and ours.rate is not None
     assert (base.rate.successes, ours.rate.successes, ours.rate.n) == (5, 12, 16)
@@ -73,9 +83,12 @@ def test_rates_by_seed_and_paired_differences(plan: Plan, tmp_path: Path) -> Non
     assert (table.cells, table.wanted, table.seconds) == (5, 8, 150.0)
 
 
-def test_a_diagnosis_stands_beside_the_gain_of_the_same_weights(plan: Plan, tmp_path: Path) -> None:
-    rows = (plan.rows[0], replace(plan.rows[1], label="world2act, video-rich-4"))
-    replace(plan, rows=rows).save(tmp_path)
+def test_a_diagnosis_stands_beside_the_gain_of_the_same_weights(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    catalogue(monkeypatch, [ROWS[0], replace(ROWS[1], label="world2act, video-rich-4")])
+    cells = {"base": plan.cells["base"], "world2act, video-rich-4": plan.cells["world2act"]}
+    replace(plan, cells=cells).save(tmp_path)
     assert "Which part loses" not in results.page(tmp_path)
     rows_of = dict.fromkeys((diagnose.ALL, "push", "reach"), (0.5, 0.1, 0.25, 1.0, 1.0, 1.0, 0.6))
     for name, weights in (("video-rich-4", WEIGHTS), ("shipped", WEIGHTS), ("video-rich-10", WEIGHTS | {"base": "e" * 64})):
@@ -114,20 +127,21 @@ def test_page_says_what_is_missing_and_what_belongs_to_nothing(plan: Plan, tmp_p
 
 
 def test_rows_that_do_not_match_are_refused(plan: Plan, tmp_path: Path) -> None:
-    other = PlannedRow("other", (put(tmp_path, "other", 0, "1111", "1111", base="e" * 64),), ("base",))
+    rows = [ROWS[0], Row("other", ANY, ("base",))]
+
+    def against_base(*names: str) -> None:
+        tables.measure(replace(plan, cells={"base": plan.cells["base"], "other": names}), rows, tmp_path)
+
     with pytest.raises(ValueError, match="other, base: stand on 2 different base policies"):
-        tables.measure(replace(plan, rows=(plan.rows[0], other)), tmp_path)
-    short = PlannedRow("short", (put(tmp_path, "short", 0, "111", "111"),), ("base",))
+        against_base(put(tmp_path, "other", 0, "1111", "1111", base="e" * 64))
     with pytest.raises(ValueError, match="scenes were run by one policy only"):
-        tables.measure(replace(plan, rows=(plan.rows[0], short)), tmp_path)
-    tuning = PlannedRow("tuning", (put(tmp_path, "tuning", 0, "1111", "1111", split="tuning"),), ("base",))
+        against_base(put(tmp_path, "short", 0, "111", "111"))
     with pytest.raises(LeakageError, match="split evaluation only, got tuning"):
-        tables.measure(replace(plan, rows=(plan.rows[0], tuning)), tmp_path)
+        against_base(put(tmp_path, "tuning", 0, "1111", "1111", split="tuning"))
 
 
 def test_a_row_may_count_some_tasks_only(plan: Plan, tmp_path: Path) -> None:
-    rows = tuple(replace(row, tasks=("reach",)) for row in plan.rows[:2])
-    table = tables.measure(replace(plan, rows=rows), tmp_path)
+    table = tables.measure(plan, [replace(row, tasks=("reach",)) for row in ROWS[:2]], tmp_path)
     assert table.lines[1].rate is not None and (table.lines[1].rate.successes, table.lines[1].rate.n) == (4, 8)
     assert (table.contrasts[0].gained, table.contrasts[0].lost) == (1, 1)
 
@@ -135,39 +149,39 @@ def test_a_row_may_count_some_tasks_only(plan: Plan, tmp_path: Path) -> None:
 def test_a_run_of_some_rows_keeps_the_others_of_the_same_sizes(plan: Plan, tmp_path: Path) -> None:
     rows = EXPERIMENTS["main"].rows(SIZES.tasks)
     cells = {rows[0].label: [Cell("main", "base", 0)]}
-    earlier = replace(plan, rows=(PlannedRow(rows[1].label, ("kept",)), PlannedRow(rows[0].label, ("old",))))
+    earlier = replace(plan, cells={rows[1].label: ("kept",), rows[0].label: ("old",)})
     found = tables.planned(rows, cells, earlier, SIZES, tmp_path)
-    assert [row.cells for row in found] == [(cells[rows[0].label][0].name,), ("kept",), *[()] * (len(rows) - 2)]
+    assert list(found.values()) == [(cells[rows[0].label][0].name,), ("kept",), *[()] * (len(rows) - 2)]
     other = tables.planned(rows, cells, earlier, Sizes(1, 4, SIZES.tasks), tmp_path)
-    assert other[1].cells == ()
+    assert other[rows[1].label] == ()
 
 
 def test_a_row_that_means_something_else_by_now_keeps_nothing(plan: Plan, tmp_path: Path) -> None:
     rows = EXPERIMENTS["main"].rows(SIZES.tasks)
     made = study.cells("main", [rows[1].variant], SIZES, lambda _: WEIGHTS)
     write_whole(made[0].path(tmp_path), json.dumps({"cell": asdict(made[0])}))
-    earlier = replace(plan, rows=(PlannedRow(rows[1].label, tuple(cell.name for cell in made)),))
-    assert tables.planned(rows, {}, earlier, SIZES, tmp_path)[1].cells == (made[0].name, made[1].name)
+    earlier = replace(plan, cells={rows[1].label: tuple(cell.name for cell in made)})
+    assert tables.planned(rows, {}, earlier, SIZES, tmp_path)[rows[1].label] == (made[0].name, made[1].name)
     changed = [replace(row, variant=replace(row.variant, settings={"bound": 0.25})) for row in rows]
-    assert tables.planned(changed, {}, earlier, SIZES, tmp_path)[1].cells == ()
+    assert tables.planned(changed, {}, earlier, SIZES, tmp_path)[rows[1].label] == ()
 
 
 def test_tuning_scenes_are_named_as_such(plan: Plan, tmp_path: Path) -> None:
     sizes = replace(SIZES, split=Split.TUNING)
-    replace(plan, sizes=sizes, rows=()).save(tmp_path)
+    replace(plan, sizes=sizes, cells={}).save(tmp_path)
     assert "**Tuning scenes: for choosing hyperparameters, not a result.**" in results.page(tmp_path)
 
 
 def test_plots_and_terminal_tables(plan: Plan, tmp_path: Path) -> None:
     rounds = (put(tmp_path, "rounds", 0, "1100", "1111"),)
-    curve = tuple(replace(row, series=row.label, x=float(x)) for x, row in enumerate(plan.rows))
+    cells = {**plan.cells, "default": rounds}
     cases = {
-        "methods": plan.rows,
-        "regimes": curve,
-        "similarity-vs-success": (plan.rows[0], PlannedRow("default", rounds, ("base",))),
+        "methods": ROWS,
+        "regimes": [replace(row, series=row.label, x=float(x)) for x, row in enumerate(ROWS)],
+        "similarity-vs-success": [ROWS[0], Row("default", ANY, ("base",))],
     }
     for name, rows in cases.items():
-        table = tables.measure(replace(plan, experiment=name, rows=rows), tmp_path)
+        table = tables.measure(replace(plan, experiment=name, cells=cells), rows, tmp_path)
         plots.draw(table, tmp_path / f"{name}.png")
         assert 2_000 < (tmp_path / f"{name}.png").stat().st_size < 80_000
         console = Console(file=io.StringIO(), width=200)
