@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import redis
 import structlog
+from prometheus_client import Gauge
 
 from services.runtime.messages import Message
-from services.runtime.streams import Consumer
+from services.runtime.streams import Consumer, backlog
+from services.trainer.settings import TrainerSettings
 
 log = structlog.get_logger()
 T = TypeVar("T", bound=Message)
@@ -57,6 +59,53 @@ class KeptConsumer(Consumer[T]):
             except Exception:
                 log.exception("a dead letter could not be reported", stream=self.stream, entry=entry)
         super().bury(entry, payload, error)
+
+
+def serve_stream(
+    settings: TrainerSettings,
+    client: redis.Redis,
+    stream: str,
+    group: str,
+    model: type[T],
+    *,
+    handlers: Sequence[Callable[[T], None]],
+    claim_seconds: float,
+    buried: Callable[[str, str], None],
+    depth: Gauge,
+    stop: threading.Event,
+) -> None:
+    """Give messages of `stream` to `handlers`, each in a thread of its own, until `stop`; `depth` shows how many are not done."""
+
+    def work(number: int, handler: Callable[[T], None]) -> None:
+        consumer: KeptConsumer[T] = KeptConsumer(
+            client,
+            stream,
+            group,
+            f"{settings.instance}-{number}",
+            model,
+            claim_ms=int(1000 * claim_seconds),
+            max_deliveries=20,
+            retryable=(StoppingError,),
+            buried=buried,
+        )
+        while not stop.is_set():
+            try:
+                consumer.run(handler, stop)
+            except Exception:
+                log.exception("worker starts again", worker=number)
+                stop.wait(1.0)
+
+    threads = [threading.Thread(target=work, args=pair, name=f"{group}-{pair[0]}") for pair in enumerate(handlers)]
+    for thread in threads:
+        thread.start()
+    log.info(f"{group} ready", workers=len(threads))
+    while not stop.wait(2.0):
+        try:
+            depth.set(backlog(client, stream, group))
+        except redis.exceptions.RedisError as error:
+            log.warning("queue depth unknown", error=str(error)[:200])
+    for thread in threads:
+        thread.join(timeout=10)
 
 
 def persist(action: Callable[[], None], stop: threading.Event, pause: float = 1.0) -> None:

@@ -16,10 +16,10 @@ import torch
 from services.runtime.artifacts import ArtifactError
 from services.runtime.jobs import ENDED, JobCancelledError, JobStore
 from services.runtime.messages import JOBS, JobRequest
-from services.runtime.streams import backlog, connect
+from services.runtime.streams import connect
 from services.runtime.telemetry import serve_health, start_heartbeat
 from services.trainer import evaluate, metrics, posttrain, rollouts, stage1
-from services.trainer.consume import KeptConsumer, StoppingError, persist
+from services.trainer.consume import StoppingError, persist, serve_stream
 from services.trainer.context import JobContext
 from services.trainer.params import parse
 from services.trainer.rollout import checks
@@ -98,37 +98,18 @@ def serve(settings: TrainerSettings, stop: threading.Event) -> None:
     runner = JobRunner(settings, client, stop)
     health = serve_health("trainer", settings, checks(settings, connect(settings.redis_url, patient=False)))
     start_heartbeat(client, "trainer", settings.instance, stop)
-
-    def work(number: int) -> None:
-        consumer: KeptConsumer[JobRequest] = KeptConsumer(
-            client,
-            JOBS,
-            GROUP,
-            f"{settings.instance}-{number}",
-            JobRequest,
-            claim_ms=int(1000 * settings.job_claim_seconds),
-            max_deliveries=20,
-            retryable=(StoppingError,),
-            buried=runner.buried,
-        )
-        while not stop.is_set():
-            try:
-                consumer.run(runner.handle, stop)
-            except Exception:
-                log.exception("worker starts again", worker=number)
-                stop.wait(1.0)
-
     for kind, status in itertools.product(RUNNERS, ENDED):  # rate() does not see the first step of a counter that appears
         metrics.JOBS.labels(kind, status)
-    threads = [threading.Thread(target=work, args=(i,), name=f"jobs-{i}") for i in range(settings.job_workers)]
-    for thread in threads:
-        thread.start()
-    log.info("trainer ready", workers=len(threads))
-    while not stop.wait(2.0):
-        try:
-            metrics.JOB_QUEUE.set(backlog(client, JOBS, GROUP))
-        except redis.exceptions.RedisError as error:
-            log.warning("queue depth unknown", error=str(error)[:200])
-    for thread in threads:
-        thread.join(timeout=10)
+    serve_stream(
+        settings,
+        client,
+        JOBS,
+        GROUP,
+        JobRequest,
+        handlers=[runner.handle] * settings.job_workers,
+        claim_seconds=settings.job_claim_seconds,
+        buried=runner.buried,
+        depth=metrics.JOB_QUEUE,
+        stop=stop,
+    )
     health.shutdown()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from functools import partial
 from typing import Any, cast
 
 import grpc
@@ -19,10 +20,10 @@ from services.runtime.generated.simulator_pb2_grpc import SimulatorStub
 from services.runtime.jobs import ENDED, JobStore
 from services.runtime.messages import ROLLOUT_REQUESTS, ImagineRequest, RolloutRequest, RolloutResult
 from services.runtime.rpc import connect_channel, healthy, replicas
-from services.runtime.streams import backlog, connect
+from services.runtime.streams import connect
 from services.runtime.telemetry import Check, redis_check, serve_health, start_heartbeat
 from services.trainer import metrics
-from services.trainer.consume import KeptConsumer, StoppingError, persist
+from services.trainer.consume import StoppingError, persist, serve_stream
 from services.trainer.doors import AWAY, BROKEN, Policy, Simulator
 from services.trainer.episode import Recorded, closed_loop, closed_loop_starts, run_episode, store
 from services.trainer.ledger import Ledger
@@ -208,37 +209,18 @@ def serve(settings: TrainerSettings, stop: threading.Event) -> None:
     coordinator = Coordinator(settings, client, stop)
     health = serve_health("rollout", settings, checks(settings, connect(settings.redis_url, patient=False)))
     start_heartbeat(client, "rollout", settings.instance, stop)
-
-    def work(number: int) -> None:
-        consumer: KeptConsumer[RolloutRequest] = KeptConsumer(
-            client,
-            ROLLOUT_REQUESTS,
-            GROUP,
-            f"{settings.instance}-{number}",
-            RolloutRequest,
-            claim_ms=int(1000 * settings.rollout_claim_seconds),
-            max_deliveries=20,
-            retryable=(StoppingError,),
-            buried=coordinator.buried,
-        )
-        while not stop.is_set():
-            try:
-                consumer.run(lambda request: coordinator.handle(request, number), stop)
-            except Exception:
-                log.exception("worker starts again", worker=number)
-                stop.wait(1.0)
-
     with contextlib.suppress(StoppingError):
         persist(coordinator.return_leases, stop)
-    threads = [threading.Thread(target=work, args=(i,), name=f"rollout-{i}") for i in range(settings.rollout_workers)]
-    for thread in threads:
-        thread.start()
-    log.info("rollout coordinator ready", workers=len(threads), simulators=settings.simulators(), vla=settings.vla())
-    while not stop.wait(2.0):
-        try:
-            metrics.ROLLOUT_QUEUE.set(backlog(client, ROLLOUT_REQUESTS, GROUP))
-        except redis.exceptions.RedisError as error:
-            log.warning("queue depth unknown", error=str(error)[:200])
-    for thread in threads:
-        thread.join(timeout=10)
+    serve_stream(
+        settings,
+        client,
+        ROLLOUT_REQUESTS,
+        GROUP,
+        RolloutRequest,
+        handlers=[partial(coordinator.handle, worker=number) for number in range(settings.rollout_workers)],
+        claim_seconds=settings.rollout_claim_seconds,
+        buried=coordinator.buried,
+        depth=metrics.ROLLOUT_QUEUE,
+        stop=stop,
+    )
     health.shutdown()

@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from abc import abstractmethod
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from safetensors import SafetensorError
 from safetensors.torch import load as load_bytes
 from safetensors.torch import save as save_bytes
-from torch import Tensor
+from torch import Tensor, nn
 
 from world2act.signature import METADATA_KEY as KEY
 
@@ -69,3 +71,45 @@ def parse(content: bytes, kind: str, name: str) -> tuple[dict[str, Tensor], dict
     if metadata.get("kind") != kind:
         raise WeightsError(f"{name}: kind must be {kind!r}, got {metadata.get('kind')!r}")
     return tensors, metadata, content_hash(content)
+
+
+class Stored(nn.Module):
+    """A module that is one file of `kind`: weights, configuration (a dataclass) and card. hash: sha256 of that file."""
+
+    kind: ClassVar[str]
+    config: Any
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.card: dict[str, Any] = {}
+        self._hash: str | None = None
+
+    @staticmethod
+    @abstractmethod
+    def config_from_json(values: dict[str, Any]) -> Any:
+        """The configuration out of a weights file's metadata. Raises KeyError or TypeError when it is another one."""
+
+    @property
+    def hash(self) -> str:
+        """sha256 of the weights file (of the file that `save` would write with an empty card, if never saved or loaded)."""
+        return self._hash or content_hash(to_bytes(self.state_dict(), self._metadata({})))
+
+    def _metadata(self, card: dict[str, Any]) -> dict[str, Any]:
+        return {"kind": self.kind, "config": asdict(self.config), "card": card}
+
+    def save(self, path: Path | str, card: dict[str, Any]) -> None:
+        """Write weights, configuration and card to `path`, whole or not at all."""
+        self._hash, self.card = write(path, self.state_dict(), self._metadata(card)), card
+
+    @classmethod
+    def load(cls, path: Path | str) -> Self:
+        """Read one in evaluation mode, gradients off. Raises WeightsError if the file holds anything else."""
+        tensors, metadata, found = read(path, cls.kind)
+        try:
+            model = cls(cls.config_from_json(metadata["config"]))
+            model.load_state_dict(tensors)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise WeightsError(f"{path}: weights and configuration do not fit ({str(error).splitlines()[0]})") from None
+        model.card, model._hash = metadata.get("card", {}), found
+        return model.eval().requires_grad_(False)

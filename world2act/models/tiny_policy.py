@@ -6,8 +6,7 @@ Trained by behaviour cloning on few demonstrations (world2act/behaviour_cloning.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,8 +16,6 @@ from world2act.models import store
 from world2act.models.text import WordEmbedding
 from world2act.models.vae import check_frames, to_float
 from world2act.types import M
-
-KIND = "base"
 
 
 @dataclass(frozen=True)
@@ -35,24 +32,23 @@ class TinyPolicyConfig:
     text_width: int = 32
 
 
-def config_from_json(values: dict[str, Any]) -> TinyPolicyConfig:
-    """The configuration out of a weights file's metadata. Raises KeyError or TypeError when it is another one."""
-    return TinyPolicyConfig(**{**values, "channels": tuple(values["channels"])})
-
-
-class TinyPolicy(nn.Module):
+class TinyPolicy(store.Stored):
     """Deterministic, memoryless policy. `statistics` buffers hold the mean and spread of states and actions it was trained on."""
 
+    kind = "base"
+    config: TinyPolicyConfig
     state_mean: torch.Tensor
     state_std: torch.Tensor
     action_mean: torch.Tensor
     action_std: torch.Tensor
 
+    @staticmethod
+    def config_from_json(values: dict[str, Any]) -> TinyPolicyConfig:
+        return TinyPolicyConfig(**{**values, "channels": tuple(values["channels"])})
+
     def __init__(self, config: TinyPolicyConfig | None = None) -> None:
-        super().__init__()
-        self.config = config = config or TinyPolicyConfig()
-        self.card: dict[str, Any] = {}
-        self._hash: str | None = None
+        config = config or TinyPolicyConfig()
+        super().__init__(config)
         a, b, c = config.channels
         self.vision = nn.Sequential(
             nn.Conv2d(3, a, 5, 2, 2), nn.ReLU(), nn.Conv2d(a, b, 3, 2, 1), nn.ReLU(), nn.Conv2d(b, c, 3, 2, 1), nn.ReLU()
@@ -70,30 +66,6 @@ class TinyPolicy(nn.Module):
         for name, size in (("state", config.states), ("action", config.actions)):
             self.register_buffer(f"{name}_mean", torch.zeros(size))
             self.register_buffer(f"{name}_std", torch.ones(size))
-
-    @property
-    def hash(self) -> str:
-        """sha256 of the weights file (of the file that `save` would write with an empty card, if never saved or loaded)."""
-        return self._hash or store.content_hash(store.to_bytes(self.state_dict(), self._metadata({})))
-
-    def _metadata(self, card: dict[str, Any]) -> dict[str, Any]:
-        return {"kind": KIND, "config": asdict(self.config), "card": card}
-
-    def save(self, path: Path | str, card: dict[str, Any]) -> None:
-        """Write weights, configuration and card to `path`, whole or not at all."""
-        self._hash, self.card = store.write(path, self.state_dict(), self._metadata(card)), card
-
-    @classmethod
-    def load(cls, path: Path | str) -> TinyPolicy:
-        """Read a policy in evaluation mode, gradients off. Raises store.WeightsError if the file holds anything else."""
-        tensors, metadata, content_hash = store.read(path, KIND)
-        try:
-            model = cls(config_from_json(metadata["config"]))
-            model.load_state_dict(tensors)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise store.WeightsError(f"{path}: weights and configuration do not fit ({str(error).splitlines()[0]})") from None
-        model.card, model._hash = metadata.get("card", {}), content_hash
-        return model.eval().requires_grad_(False)
 
     def forward(self, active: torch.Tensor, states: torch.Tensor, instructions: Sequence[str]) -> torch.Tensor:
         """Active rows float (B, 3, rows, W) in [-1, 1], states (B, S), instructions -> normalised chunk (B, M, A)."""

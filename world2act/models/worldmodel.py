@@ -9,8 +9,7 @@ deterministic regression with a skip from the start latent; with noise_scale > 0
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,8 +19,6 @@ from torch import nn
 from world2act.models import store
 from world2act.models.text import WordEmbedding
 from world2act.models.vae import VAEConfig, VideoVAE, check_frames
-
-KIND = "worldmodel"
 
 
 @dataclass(frozen=True)
@@ -39,22 +36,21 @@ class WorldModelConfig:
     noise_scale: float = 0.0
 
 
-def config_from_json(values: dict[str, Any]) -> WorldModelConfig:
-    """The configuration out of a weights file's metadata. Raises KeyError or TypeError when it is another one."""
-    vae = {**values["vae"], "widths": tuple(values["vae"]["widths"])}
-    return WorldModelConfig(**{**values, "vae": VAEConfig(**vae)})
-
-
-class WorldModel(nn.Module):
+class WorldModel(store.Stored):
     """Frozen G. Weights, configuration and card live in one safetensors file; `hash` is its sha256."""
 
+    kind = "worldmodel"
+    config: WorldModelConfig
     transformer: Any  # diffusers is untyped
 
+    @staticmethod
+    def config_from_json(values: dict[str, Any]) -> WorldModelConfig:
+        vae = {**values["vae"], "widths": tuple(values["vae"]["widths"])}
+        return WorldModelConfig(**{**values, "vae": VAEConfig(**vae)})
+
     def __init__(self, config: WorldModelConfig | None = None) -> None:
-        super().__init__()
-        self.config = config = config or WorldModelConfig()
-        self.card: dict[str, Any] = {}
-        self._hash: str | None = None
+        config = config or WorldModelConfig()
+        super().__init__(config)
         c, h, w = config.vae.latent_shape
         self.vae = VideoVAE(config.vae)
         self.text = WordEmbedding(config.text_width)
@@ -77,30 +73,6 @@ class WorldModel(nn.Module):
         for name in ("pos_emb_t", "pos_emb_h", "pos_emb_w"):
             nn.init.normal_(getattr(self.transformer.learnable_pos_embed, name), std=0.02)
         nn.init.zeros_(self.transformer.proj_out.weight)  # untrained, the prediction is the start latent
-
-    @property
-    def hash(self) -> str:
-        """sha256 of the weights file (of the file that `save` would write with an empty card, if never saved or loaded)."""
-        return self._hash or store.content_hash(store.to_bytes(self.state_dict(), self._metadata({})))
-
-    def _metadata(self, card: dict[str, Any]) -> dict[str, Any]:
-        return {"kind": KIND, "config": asdict(self.config), "card": card}
-
-    def save(self, path: Path | str, card: dict[str, Any]) -> None:
-        """Write weights, configuration and card to `path`, whole or not at all."""
-        self._hash, self.card = store.write(path, self.state_dict(), self._metadata(card)), card
-
-    @classmethod
-    def load(cls, path: Path | str) -> WorldModel:
-        """Read a world model in evaluation mode, gradients off. Raises store.WeightsError if the file holds anything else."""
-        tensors, metadata, content_hash = store.read(path, KIND)
-        try:
-            model = cls(config_from_json(metadata["config"]))
-            model.load_state_dict(tensors)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise store.WeightsError(f"{path}: weights and configuration do not fit ({str(error).splitlines()[0]})") from None
-        model.card, model._hash = metadata.get("card", {}), content_hash
-        return model.eval().requires_grad_(False)
 
     def encode(self, frames: torch.Tensor) -> torch.Tensor:
         """Frames uint8 (B, 1+4n, H, W, 3) -> latents (B, 1+n, C, h, w)."""
