@@ -19,8 +19,8 @@ from world2act.segmentation import OnlineSkill, RuleBasedPlanner, load_schemas
 from world2act.splits import Split, scene_seed
 from world2act.types import FloatArray, ImageArray, Trajectory
 
-Distortion = Callable[[ImageArray, int], ImageArray]
-"""Camera grid uint8 (H, W, 3) and a seed that names the episode and chunk -> what the policy and the world model see instead."""
+Distortion = Callable[[ImageArray, Sequence[int], int], ImageArray]
+"""Camera grid uint8 (H, W, 3), numbers that name the episode, the chunk -> what policy and world model see instead."""
 
 
 Expert = Literal["action", "video"]
@@ -56,6 +56,7 @@ class _Lane:
 
     place: int
     spec: EpisodeSpec
+    episode: tuple[int, int]
     instruction: str
     skill: OnlineSkill
     prompt: str
@@ -76,7 +77,8 @@ class _Lane:
 class Arena:
     """Simulators of one process. spread: (A,) standard deviation of actions, the unit of an episode's noise.
 
-    segmented: prompts are the active skill; False: the whole instruction (Base-WM). textures: every scene has other ones.
+    segmented: prompts are the active skill; False: the whole instruction (Base-WM). textures: every scene draws its own
+    (Meta-World: 27 looks). What a scene draws, textures or a distortion, is by its split and index.
     """
 
     def __init__(
@@ -152,20 +154,22 @@ class Arena:
         spec = specs[place]
         task = self.spec.task(spec.task)
         if self.textures:
-            self.environment(spec.task).paint(spec.index)
+            self.environment(spec.task).paint(scene_seed(split, spec.index))
         first: Observation = self.environment(spec.task).reset(spec.task, scene_seed(split, spec.index))
         hand = load_schemas().calibration_of(self.simulator, self.spec.gripper_open_width)
         skill = OnlineSkill(self._planner.plan(first.instruction, task.name), hand)
         prompt = skill.update(float(first.state[self.spec.gripper_width_index])) if self.segmented else first.instruction
         grid = stitch(first.images, self.cells)
         offsets = schedule.perturbation(spec, task.max_chunks, self.spread)
-        lane = _Lane(place, spec, first.instruction, skill, prompt, self._seen(grid, spec, 0), first.state, offsets)
+        episode = (scene_seed(split, spec.index), self.spec.tasks.index(task))
+        seen = self._seen(grid, episode, 0)
+        lane = _Lane(place, spec, episode, first.instruction, skill, prompt, seen, first.state, offsets)
         if film:
             lane.film.append(grid)  # undistorted, as every later frame of it
         return lane
 
-    def _seen(self, image: ImageArray, spec: EpisodeSpec, chunk: int) -> ImageArray:
-        return image if self.distortion is None else self.distortion(image, spec.index * 1000 + chunk)
+    def _seen(self, image: ImageArray, episode: Sequence[int], chunk: int) -> ImageArray:
+        return image if self.distortion is None else self.distortion(image, episode, chunk)
 
     def _act(self, policy: Policy, lanes: Sequence[_Lane]) -> tuple[FloatArray, FloatArray]:
         frames = torch.from_numpy(np.stack([lane.image for lane in lanes]))
@@ -195,7 +199,7 @@ class Arena:
         if film:
             lane.film += grids
         lane.success |= result.success
-        lane.image = self._seen(grids[-1], lane.spec, chunk + 1)
+        lane.image = self._seen(grids[-1], lane.episode, chunk + 1)
         lane.state = result.states[-1]
         if self.segmented:
             lane.prompt = lane.skill.update(result.states[:, self.spec.gripper_width_index])

@@ -7,14 +7,14 @@ actions look like without a label, a success or a reward; a few labelled demonst
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from experiments.arena import Arena
+from experiments.arena import Arena, Run
 from experiments.policies import Playing
 from world2act.data.clips import camera_grid
 from world2act.models import store
@@ -116,14 +116,38 @@ def film_of(episode: Episode) -> Film:
     return torch.from_numpy(camera_grid(episode)), torch.from_numpy(episode.actions)
 
 
-def play(arena: Arena, base: TinyPolicy, tasks: Sequence[str], count: int = PLAY_EPISODES) -> Iterator[Film]:
-    """Films of `count` episodes a task at play, with the actions that were executed."""
+@torch.no_grad()
+def named(model: WorldModel, network: InverseDynamics, episode: Episode) -> Episode:
+    """`episode`, as far as whole chunks go, with the actions that `network` reads from its video; its own are not looked at."""
+    frames = torch.from_numpy(camera_grid(episode))
+    starts = torch.arange(0, len(frames) - M, M)
+    latents = [model.encode(frames[at[:, None] + torch.arange(M + 1)])[:, 1] for at in torch.split(starts, 64)]
+    actions = network.read(torch.cat(latents)[None]).flatten(0, 2).clamp(-1.0, 1.0).numpy()
+    end = len(actions)
+    return replace(
+        episode,
+        images={name: images[: end + 1] for name, images in episode.images.items()},
+        states=episode.states[: end + 1],
+        widths=episode.widths[: end + 1],
+        actions=actions,
+        intended=None if episode.intended is None else episode.intended[:end],
+        truth=None,
+        cues={},
+    )
+
+
+def play(arena: Arena, base: TinyPolicy, tasks: Sequence[str], count: int = PLAY_EPISODES) -> Iterator[Run]:
+    """`count` episodes a task at play, with every frame."""
     first, policy = PLAY_SEED * INDICES_PER_SEED, Playing(base, PLAY_SEED)
     for index in range(first, first + count):
         specs = [EpisodeSpec(0, task, index, PLAY_NOISE, f"{index:x}{number:x}") for number, task in enumerate(tasks)]
-        for run in arena.run(specs, policy, film=True):
-            assert run.frames is not None
-            yield torch.from_numpy(run.frames), torch.from_numpy(run.trajectory.executed).flatten(0, 1)
+        yield from arena.run(specs, policy, film=True)
+
+
+def film_of_run(run: Run) -> Film:
+    """An executed episode, with every frame, as `windows` takes it."""
+    assert run.frames is not None
+    return torch.from_numpy(run.frames), torch.from_numpy(run.trajectory.executed).flatten(0, 1)
 
 
 def fit(

@@ -24,7 +24,7 @@ import torch
 
 from experiments import naming, practice
 from experiments.arena import Arena
-from experiments.naming import Windows
+from experiments.naming import InverseDynamics, Windows
 from world2act import behaviour_cloning, stage1, worldmodel_training
 from world2act.console import Progress, no_progress
 from world2act.data import robomimic
@@ -268,7 +268,7 @@ def stage1_windows(regime: Regime, places: Places, tasks: Sequence[str]) -> tupl
     return Windows.load(path), Windows.load(path.with_stem(f"{path.stem}-predicted"))
 
 
-def inverse_dynamics(regime: Regime, places: Places, tasks: Sequence[str], seed: int) -> tuple[naming.InverseDynamics, float]:
+def inverse_dynamics(regime: Regime, places: Places, tasks: Sequence[str], seed: int) -> tuple[InverseDynamics, float]:
     """The network that names actions for the baselines, fitted to what Stage 1 has seen, named video too, true and predicted
     latents in equal parts, and to play if there is any. Computed once per training seed and kept; with the seconds of the fit."""
     seen = _kept(regime, places)
@@ -282,7 +282,17 @@ def inverse_dynamics(regime: Regime, places: Places, tasks: Sequence[str], seed:
         started = time.monotonic()
         network = naming.fit(pools, STAGE1["default"].latent_noise, seed, actions, INVERSE_STEPS)
         network.save(path, time.monotonic() - started)
-    return naming.InverseDynamics.load(path)
+    return InverseDynamics.load(path)
+
+
+def named_video(regime: Regime, places: Places, tasks: Sequence[str], network: InverseDynamics) -> Iterator[Episode]:
+    """The regime's video beside its demonstrations, with proprioception as recorded and the actions that `network` reads from it:
+    what any other part has seen, for who learns from whole episodes. None where that video has labels or is not there."""
+    if regime.kind in NAMED:
+        model = WorldModel.load(places.part(regime, "worldmodel"))
+        for file in video_of(regime, places, tasks):
+            for episode in robomimic.read_episodes(file, allowed=[Split.WORLDMODEL]):
+                yield naming.named(model, network, episode)
 
 
 def _kept(regime: Regime, places: Places) -> Path:
@@ -307,7 +317,7 @@ def own_play(regime: Regime, places: Places, tasks: Sequence[str], progress: Pro
     if not path.exists():
         policy = TinyPolicy.load(base)
         arena = Arena(policy.action_std.numpy())
-        films = naming.play(arena, policy, tasks)
+        films = map(naming.film_of_run, naming.play(arena, policy, tasks))
         found = naming.windows(model, _counted("play", films, naming.PLAY_EPISODES * len(tasks), progress))
         arena.close()
         found.save(path)

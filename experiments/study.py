@@ -17,7 +17,7 @@ from experiments.cells import Cell, processes
 from experiments.methods import METHODS
 from experiments.methods.base import Parts
 from experiments.naming import InverseDynamics
-from experiments.regimes import Places, Regime, inverse_dynamics, labels, lacking, prepare
+from experiments.regimes import Places, Regime, inverse_dynamics, labels, lacking, named_video, prepare
 from world2act.console import Progress, no_progress
 from world2act.evaluation import Outcome
 from world2act.models.adapters import Adapters
@@ -171,6 +171,7 @@ def compute(cell: Cell, places: Places, progress: Progress = no_progress) -> dic
         adapters,
         lambda: labels(regime, places, TASKS),
         inverse,
+        lambda: named_video(regime, places, TASKS, inverse()),
         tuple(what.get("train_tasks", tasks)),
         stage2_of(what["stage2"]) if what["stage2"] else STAGE2["default"],
         cell.seed,

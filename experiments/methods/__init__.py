@@ -8,6 +8,7 @@ from experiments.methods.base import Method
 METHODS: dict[str, Method] = {
     "base": cloning.base,
     "more-cloning": cloning.more,
+    "named-cloning": cloning.named,
     "world2act": world2act.train,
     "dreamgen": dreamgen.train,
     "inverse-dynamics": inverse_dynamics.train,

@@ -1,8 +1,9 @@
 """A small action-conditioned world model: the simulator that VLA-RFT and Ctrl-World improve a policy in.
 
 It predicts what the skill world model predicts, latent 1 of a clip, from a still frame's latent, proprioception and the chunk
-that is executed, and the next proprioception. It learns from the labelled demonstrations of the regime and from the robot's own
-noisy rollouts, whose actions are known (in the scenes of `naming.play`). The video VAE is the skill world model's.
+that is executed, and the next proprioception. It learns from what the others have learned from: the regime's labelled
+demonstrations, its video with named actions, and the robot's play, whose actions are known. The video VAE is the skill world
+model's.
 """
 
 from __future__ import annotations
@@ -10,27 +11,27 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from experiments.methods.base import Frozen, Parts
-from experiments.naming import PLAY_NOISE, PLAY_SEED
+from experiments import naming
+from experiments.methods.base import Parts
+from experiments.naming import PLAY_EPISODES
 from world2act.data.clips import camera_grid
 from world2act.models.adapters import Adapters
 from world2act.models.worldmodel import WorldModel
 from world2act.optimisation import autocast, warm_cosine
-from world2act.schedule import INDICES_PER_SEED, EpisodeSpec
 from world2act.types import Episode, M
 
 WIDTH, BLOCKS, HIDDEN, PLACES = 64, 3, 128, 8
-STEPS, BATCH, RATE, WEIGHT_DECAY = 2000, 64, 2e-3, 1e-3
+STEPS, BATCH, RATE, WEIGHT_DECAY = 4000, 64, 2e-3, 1e-3
 LATENT_NOISE = 0.1
-OWN_EPISODES = 40  # rollouts a task
 """Standard deviation of the noise on input latents in training, in their own spread: rollouts feed predictions back."""
 STRIDE = 2
-"""Frames between the starts of two transitions of a demonstration."""
+"""Frames between the starts of two transitions of a labelled demonstration; named video, its actions read by the chunk: M."""
 HELD_OUT = 10
 """Every tenth episode of each source is held out."""
 
@@ -72,25 +73,20 @@ def cut(
     return Transitions(latents[:, 0], latents[:, 1], states[at], states[at + M], chunks)
 
 
-def of_demonstration(model: WorldModel, adapters: Adapters, episode: Episode) -> Transitions:
-    """Every STRIDE frames, wherever a whole chunk follows; disturbed actions too, for they were executed."""
+def of_demonstration(model: WorldModel, adapters: Adapters, episode: Episode, stride: int = STRIDE) -> Transitions:
+    """Every `stride` frames, wherever a whole chunk follows; disturbed actions too, for they were executed."""
     frames, states, actions = (torch.from_numpy(x) for x in (camera_grid(episode), episode.states, episode.actions))
-    return cut(model, adapters, frames, states, actions, range(0, len(actions) - M + 1, STRIDE))
+    return cut(model, adapters, frames, states, actions, range(0, len(actions) - M + 1, stride))
 
 
 def of_play(parts: Parts) -> Iterator[Transitions]:
-    """The base's own noisy rollouts, one by one; states are known at chunk starts only, so the last chunk of each is left out."""
-    first = PLAY_SEED * INDICES_PER_SEED
-    for index in range(first, first + OWN_EPISODES):
-        specs = [EpisodeSpec(0, task, index, PLAY_NOISE, f"{index:x}{number:x}") for number, task in enumerate(parts.tasks)]
-        for run in parts.arena.run(specs, Frozen(parts.base), film=True):
-            assert run.frames is not None
-            film, episode = torch.from_numpy(run.frames), run.trajectory
-            states = torch.from_numpy(episode.states).repeat_interleave(M, 0)  # read at chunk starts only
-            actions = torch.from_numpy(episode.executed).flatten(0, 1)
-            starts = range(0, M * (len(episode.states) - 1), M)
-            if starts:
-                yield cut(parts.model, parts.adapters, film, states, actions, starts)
+    """The robot's play, one by one; states are known at chunk starts only, so the last chunk of each is left out."""
+    for run in naming.play(parts.arena, parts.base, parts.tasks, PLAY_EPISODES):
+        frames, actions = naming.film_of_run(run)
+        states = torch.from_numpy(run.trajectory.states)
+        starts = range(0, M * (len(states) - 1), M)
+        if starts:
+            yield cut(parts.model, parts.adapters, frames, states.repeat_interleave(M, 0), actions, starts)
 
 
 class _Block(nn.Module):
@@ -149,11 +145,12 @@ class ActionWorldModel(nn.Module):
 
 
 def fit(parts: Parts) -> ActionWorldModel:
-    """Learn from the regime's labels and own rollouts; notes errors on held-out episodes."""
+    """Learn from the regime's labels, named video and play; notes errors on held-out episodes."""
     started = time.monotonic()
     train: list[Transitions] = []
     held: list[Transitions] = []
-    for source in ((of_demonstration(parts.model, parts.adapters, e) for e in parts.labels()), of_play(parts)):
+    of = partial(of_demonstration, parts.model, parts.adapters)
+    for source in (map(of, parts.labels()), (of(episode, M) for episode in parts.named()), of_play(parts)):
         for number, part in enumerate(source):
             (held if number % HELD_OUT == HELD_OUT - 1 else train).append(part)
     dynamics = fit_to(Transitions.joined(train), parts.seed, STEPS)

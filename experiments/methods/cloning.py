@@ -1,4 +1,5 @@
-"""(a) the base as it is; (b) the base retrained on every labelled demonstration that any other part has seen."""
+"""(a) the base as it is; (b) the base retrained on every labelled demonstration that any other part has seen, and on the video
+that they have seen too, its actions named."""
 
 from __future__ import annotations
 
@@ -15,3 +16,8 @@ def base(parts: Parts) -> Policy:
 def more(parts: Parts) -> Policy:
     """Behaviour cloning from scratch: the control that post-training has to beat."""
     return Frozen(clone(parts.labels(), parts.seed))
+
+
+def named(parts: Parts) -> Policy:
+    """As `more`, with the regime's video too: no world model, no post-training, what its expert shows is what is cloned."""
+    return Frozen(clone([*parts.labels(), *parts.named()], parts.seed))

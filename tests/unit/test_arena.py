@@ -93,11 +93,22 @@ def test_distortions_change_what_is_seen_and_leave_empty_cells_black(plain: list
     for name, distortion in distortions.DISTORTIONS.items():
         if distortion is None:
             continue
-        seen = distortion(grid, 7)
+        seen = distortion(grid, (3, 1), 7)
         assert seen.shape == grid.shape and seen.dtype == np.uint8 and not seen[64:].any(), name
         assert 1.0 < np.abs(seen[:64].astype(int) - grid[:64]).mean() < 60, name
-        np.testing.assert_array_equal(seen, distortion(grid, 7))
-    assert (distortions.light(grid, 1001) == distortions.light(grid, 1002)).all(), "one light per episode"
+        np.testing.assert_array_equal(seen, distortion(grid, (3, 1), 7))
+        assert (distortion(grid, (3, 0), 7) != seen).any() and (distortion(grid, (4, 1), 7) != seen).any(), name
+    assert (distortions.light(grid, (3, 1), 1) == distortions.light(grid, (3, 1), 2)).all(), "one light per episode"
+
+
+def test_what_is_met_in_post_training_is_not_what_is_evaluated() -> None:
+    arena = Arena(
+        SPREAD, distortion=lambda grid, episode, chunk: np.full_like(grid, np.random.default_rng(episode).integers(256))
+    )
+    seen = {split: arena.run(specs(), Forward(), split) for split in (Split.POSTTRAIN, Split.EVALUATION)}
+    arena.close()
+    drawn = {split: [int(run.trajectory.frames[0, 0, 0, 0]) for run in runs] for split, runs in seen.items()}
+    assert all(a != b for a, b in zip(*drawn.values(), strict=True)), drawn
 
 
 def test_new_textures_are_those_of_the_scene(plain: list[Run]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from experiments import naming
 from experiments.arena import Policy, Run
-from experiments.methods import METHODS, action_worldmodel, ctrl_world, lora, vla_rft
+from experiments.methods import METHODS, action_worldmodel, cloning, ctrl_world, lora, vla_rft
 from experiments.methods.action_worldmodel import Imagined, Transitions
 from experiments.methods.base import Frozen, Parts, WithResidual
 from experiments.naming import Windows
@@ -258,6 +258,37 @@ def seen(spec: EpisodeSpec) -> tuple[Tensor, Tensor, list[str]]:
     return torch.from_numpy(found.frames), torch.from_numpy(found.states), [found.instruction] * len(found.frames)
 
 
+# --- named video
+
+
+def test_named_video_has_the_actions_that_are_read_from_it(model: WorldModel, adapters: Adapters) -> None:
+    """Chunk by chunk as the windows that the reader was fitted to; what was recorded does not matter."""
+    episode = demonstrations()[0]
+
+    def longer(rows: np.ndarray) -> np.ndarray:
+        return np.concatenate([rows, rows[-1:]])
+
+    images = {name: longer(frames) for name, frames in episode.images.items()}
+    states, widths, actions = longer(episode.states), longer(episode.widths), longer(episode.actions)
+    whole = replace(episode, images=images, states=states, widths=widths, actions=actions)
+    network = naming.InverseDynamics(model.config.vae.latent_shape, adapters.actions).eval().requires_grad_(False)
+    found = naming.named(model, network, whole)
+    shown = naming.windows(model, [naming.film_of(episode)], stride=M)
+    expected = network.read(shown.latents[None].float())[0].clamp(-1, 1).flatten(0, 1)
+    assert len(found.actions) == 8 == len(found.states) - 1 == len(found.images["primary"]) - 1, "whole chunks only"
+    np.testing.assert_allclose(found.actions, expected, atol=5e-3)  # windows keep half precision
+    again = naming.named(model, network, replace(whole, actions=np.zeros_like(actions)))
+    np.testing.assert_array_equal(again.actions, found.actions)
+
+
+def test_cloning_named_video_learns_from_labels_and_named_video(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Episode] = []
+    monkeypatch.setattr(cloning, "clone", lambda episodes, seed: seen.extend(episodes) or parts.base)
+    assert isinstance(METHODS["named-cloning"](parts), Frozen)
+    assert [e.split for e in seen] == ["base"] * 4 + ["worldmodel"] * 4
+    np.testing.assert_array_equal(seen[4].actions, next(iter(parts.named())).actions)
+
+
 # --- end to end
 
 
@@ -299,13 +330,14 @@ def demonstrations() -> list[Episode]:
 @pytest.fixture
 def parts(base: TinyPolicy, model: WorldModel, adapters: Adapters, monkeypatch: pytest.MonkeyPatch) -> Parts:
     monkeypatch.setattr(action_worldmodel, "STEPS", 2)
-    monkeypatch.setattr(action_worldmodel, "OWN_EPISODES", 1)
+    monkeypatch.setattr(action_worldmodel, "PLAY_EPISODES", 1)
     monkeypatch.setattr(ctrl_world, "cloning_steps", lambda episodes: 2)
     monkeypatch.setattr(vla_rft.train, "__defaults__", (vla_rft.Settings(starts=2, group=3, horizon=2),))
     arena: Any = FakeArena(np.full(4, 0.5, np.float32))
     shown = Windows(torch.randn(20, *model.config.vae.latent_shape).half(), torch.rand(20, 4, 4) * 2 - 1)
     inverse = naming.fit([(shown, 1.0)], 0.3, 0, adapters.actions, steps=2)
-    return Parts(base, model, adapters, demonstrations, lambda: inverse, TASKS, SETTINGS, 0, arena)
+    named = [naming.named(model, inverse, replace(episode, split="worldmodel")) for episode in demonstrations()]
+    return Parts(base, model, adapters, demonstrations, lambda: inverse, lambda: named, TASKS, SETTINGS, 0, arena)
 
 
 @pytest.mark.parametrize("name", ["inverse-dynamics", "vla-rft", "ctrl-world", "lora-16", "lora-32"])
