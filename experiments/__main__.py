@@ -112,8 +112,12 @@ def run(options: Options, progress: Progress, work: cells.Work | None = None) ->
     """Build parts, write the plan, compute what is missing. Returns the plan and what failed, one line each."""
     sizes = Sizes(options.seeds, options.trials, options.tasks, Split(options.split))
     unknown = [task for task in options.tasks if task not in TASKS]
-    if unknown or len(set(options.tasks)) < len(options.tasks):
-        raise ValueError(f"tasks: each once, out of {', '.join(TASKS)}; got {', '.join(options.tasks)}")
+    if unknown:
+        raise ValueError(f"tasks: {', '.join(unknown)}: unknown; choose out of {', '.join(TASKS)}")
+    if len(set(options.tasks)) < len(options.tasks):
+        raise ValueError(f"tasks: each once, got {', '.join(options.tasks)}")
+    if options.workers < 0:
+        raise ValueError(f"workers: must be >= 0, got {options.workers}")
     places = options.places()
     rows = tuned(rows_of(options.name, options.tasks), overrides(options.settings, sizes.split))
     wanted = chosen(options, rows)

@@ -193,8 +193,10 @@ def read(out: Path, demos: bool = False) -> dict[str, dict[str, Any]]:
 
 
 def run(arguments: Arguments, console: Console) -> None:
-    """The whole command. Raises ValueError for an unknown regime, one whose parts are not there or no demonstrations,
-    WeightsError, OSError."""
+    """The whole command. Raises ValueError for a number out of range, an unknown regime, one whose parts are not there or no
+    demonstrations, WeightsError, OSError."""
+    if arguments.episodes < 1 or arguments.threads < 1:
+        raise ValueError(f"episodes, threads: must be >= 1, got {arguments.episodes}, {arguments.threads}")
     torch.set_num_threads(arguments.threads)
     title = f"Targets against the expert at {'held-out demonstrations' if arguments.demos else 'states that the base visits'}"
     if not arguments.regimes:

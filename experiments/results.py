@@ -271,10 +271,12 @@ def to_json(table: Table) -> str:
 
 
 def publish(out: Path) -> Path:
-    """Write tables, plots and page; returns the page, `out` with suffix .md."""
+    """Write tables, plots and page; returns the page, `out` with suffix .md. Raises ValueError where nothing has been run."""
     from experiments import plots
 
     found = tables(out)
+    if not found:
+        raise ValueError(f"out: {out} has no results; `world2act experiment NAME` computes some")
     for table in found:
         write_whole(out / f"{table.plan.experiment}.json", to_json(table))
         if table.cells:

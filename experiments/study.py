@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from experiments import distortions
+from experiments import distortions, practice
 from experiments.arena import Arena, Policy
 from experiments.cells import Cell, processes
 from experiments.methods import METHODS
@@ -42,6 +42,8 @@ class Sizes:
     def __post_init__(self) -> None:
         if self.seeds < 1 or self.trials < 1 or not self.tasks:
             raise ValueError(f"seeds, trials, tasks: need at least one each, got {self.seeds}, {self.trials}, {len(self.tasks)}")
+        if self.seeds > practice.SEED:
+            raise ValueError(f"seeds: at most {practice.SEED}, for the next are those of practice and play; got {self.seeds}")
         if self.split not in (Split.EVALUATION, Split.TUNING):
             raise ValueError(f"split: must be evaluation or tuning, got {self.split.value}")
 

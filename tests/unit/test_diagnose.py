@@ -64,6 +64,12 @@ def test_held_out_demonstrations_need_no_simulator(
     assert "no demonstration file of split validation" in capsys.readouterr().err
 
 
+def test_it_needs_an_episode(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["diagnose", "--episodes", "0"])
+    assert diagnose.main() == 2
+    assert capsys.readouterr().err == "error: episodes, threads: must be >= 1, got 0, 1\n"
+
+
 @pytest.mark.parametrize(
     ("regime", "words"),
     [("banana", "'banana' is unknown; choose all or some of shipped,"), ("matched-10", "matched-10: has no base")],

@@ -98,8 +98,10 @@ def test_tuning_results_lie_apart() -> None:
     "changes, words",
     [
         ({"only": ("nobody",)}, "only: nobody is no row of methods; rows: base; more-cloning"),
-        ({"tasks": ("push", "fly")}, "tasks: each once, out of"),
-        ({"tasks": ("push", "push")}, "tasks: each once, out of"),
+        ({"tasks": ("push", "fly")}, "tasks: fly: unknown; choose out of"),
+        ({"tasks": ("push", "push")}, "tasks: each once, got push, push"),
+        ({"workers": -3}, "workers: must be >= 0, got -3"),
+        ({"seeds": 99}, "seeds: at most 98, for"),
         ({"seeds": 0}, "seeds, trials, tasks: need at least one each"),
         ({"split": "tuning", "settings": ("nothing=1",)}, "more-cloning: nothing: no such setting"),
     ],

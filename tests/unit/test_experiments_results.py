@@ -126,6 +126,12 @@ def test_page_says_what_is_missing_and_what_belongs_to_nothing(plan: Plan, tmp_p
     assert Plan.load(tmp_path, "methods") == plan
 
 
+def test_where_nothing_was_run_there_is_no_page(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="none has no results; `world2act experiment NAME` computes some"):
+        results.publish(tmp_path / "none")
+    assert not list(tmp_path.iterdir())
+
+
 def test_rows_that_do_not_match_are_refused(plan: Plan, tmp_path: Path) -> None:
     rows = [ROWS[0], Row("other", ANY, ("base",))]
 
