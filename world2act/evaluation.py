@@ -156,12 +156,13 @@ def _row(name: str, pairs: Sequence[tuple[bool, bool]]) -> Comparison:
     )
 
 
-COLUMNS = ("task", "n", "base", "post-trained", "gained", "lost", "McNemar p")
+COLUMNS = ("task", "n", "base", "post-trained", "difference", "gained / lost", "McNemar p")
 
 
 def cells(row: Comparison) -> tuple[str, ...]:
     """A row as text, in the order of COLUMNS."""
-    return row.name, str(row.base.n), str(row.base), str(row.post), f"+{row.gained}", f"-{row.lost}", f"{row.p:.2g}"
+    changed = str(paired_difference(row)), f"+{row.gained} / -{row.lost}"
+    return row.name, str(row.base.n), str(row.base), str(row.post), *changed, f"{row.p:.2g}"
 
 
 def rich_table(rows: Sequence[Comparison], title: str = "Success, Wilson 95 %", after: str = "post-trained") -> Table:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from services.cli import figures
+from services.cli.work import difference
 
 Record = Mapping[str, Any]
 GetArtifact = Callable[[str], bytes]
@@ -126,10 +127,12 @@ def evaluation_section(evaluation: Record) -> str:
     rows = evaluation["rows"]
     overall = rows[-1]
     test = overall["mcnemar"]
-    change = 100 * (overall["post-trained"]["rate"] - overall["base"]["rate"])
-    headline = f"{change:+.1f} points: {overall['base']['rate']:.3f} to {overall['post-trained']['rate']:.3f}"
+    change, low, high = (100 * overall["difference"][name] for name in ("value", "low", "high"))
+    headline = (
+        f"{change:+.1f} points [{low:+.1f}, {high:+.1f}]: {overall['base']['rate']:.3f} to {overall['post-trained']['rate']:.3f}"
+    )
     listing = table(
-        ["task", "episodes", "base", "95 %", "post-trained", "95 %", "gained / lost", "McNemar p"],
+        ["task", "episodes", "base", "95 %", "post-trained", "95 %", "difference", "gained / lost", "McNemar p"],
         [
             [
                 r["task"],
@@ -138,14 +141,15 @@ def evaluation_section(evaluation: Record) -> str:
                 f"[{r['base']['low']:.2f}, {r['base']['high']:.2f}]",
                 f"{r['post-trained']['rate']:.2f}",
                 f"[{r['post-trained']['low']:.2f}, {r['post-trained']['high']:.2f}]",
+                difference(r["difference"]),
                 f"+{r['mcnemar']['gained']} / -{r['mcnemar']['lost']}",
                 f"{r['mcnemar']['p']:.2g}",
             ]
             for r in rows
         ],
-        frozenset(range(1, 8)),
+        frozenset(range(1, 9)),
     )
-    lead = f"Held-out initial states (evaluation split), the same for both policies. Exact McNemar test over all: p = {test['p']:.2g}."
+    lead = f"Held-out initial states (evaluation split), the same for both policies; Wilson and, of differences, Newcombe intervals. Exact McNemar test over all: p = {test['p']:.2g}."
     return f"<section><h2>Success</h2><p class=big>{text(headline)}</p><p class=lead>{lead}</p>{figures.success_bars(rows)}{listing}</section>"
 
 

@@ -81,17 +81,22 @@ def rate(cell: dict[str, Any]) -> str:
     return f"{cell['rate']:.2f} [{cell['low']:.2f}, {cell['high']:.2f}]"
 
 
+def difference(cell: dict[str, Any]) -> str:
+    """Post-trained minus base on the same scenes, with Newcombe's 95 % interval."""
+    return f"{cell['value']:+.2f} [{cell['low']:+.2f}, {cell['high']:+.2f}]"
+
+
 def show_evaluation(result: Result, console: Console) -> None:
     """A table for each comparison with the reference policy, or the rates alone where there is but one policy."""
     for comparison in result.get("comparisons", []):
         title = f"{comparison['policy']} against {comparison['reference']}, {result['split']} split"
         table = Table(title=title, title_justify="left")
-        for name in ("task", "n", "base", "post-trained", "gained", "lost", "McNemar p"):
+        for name in ("task", "n", "base", "post-trained", "difference", "gained / lost", "McNemar p"):
             table.add_column(name, justify="left" if name == "task" else "right")
         for row in comparison["rows"]:
             test = row["mcnemar"]
-            cells = (str(row["episodes"]), rate(row["base"]), rate(row["post-trained"]))
-            table.add_row(row["task"], *cells, f"+{test['gained']}", f"-{test['lost']}", f"{test['p']:.2g}")
+            cells = (str(row["episodes"]), rate(row["base"]), rate(row["post-trained"]), difference(row["difference"]))
+            table.add_row(row["task"], *cells, f"+{test['gained']} / -{test['lost']}", f"{test['p']:.2g}")
         console.print(table)
     if not result.get("comparisons"):
         for policy in result.get("policies", []):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import asdict
 from typing import Any
 
 from services.runtime.messages import RolloutRequest, RolloutResult
 from services.trainer.context import JobContext, run_all
 from services.trainer.params import EvaluateParams, PolicyRef
-from world2act.evaluation import Comparison, Outcome, compare, plain_table, wilson
+from world2act.evaluation import Comparison, Outcome, compare, paired_difference, plain_table, wilson
 
 
 def pinned(context: JobContext, ref: PolicyRef) -> PolicyRef:
@@ -46,8 +47,8 @@ def name(ref: PolicyRef) -> str:
 def run(context: JobContext, params: EvaluateParams) -> dict[str, Any]:
     """Execute everything. The first policy is the reference of all comparisons.
 
-    Result: `policies` with rates per task and overall, `comparisons` (policy, rows with gained, lost, McNemar p), `rows` and
-    `table` of the last comparison, `episodes` one by one.
+    Result: `policies` with rates per task and overall, `comparisons` (policy, rows with difference, gained, lost, McNemar p),
+    `rows` and `table` of the last comparison, `episodes` one by one.
     """
     refs = list(dict.fromkeys(pinned(context, ref) for ref in params.policies()))
     scenes = [(task, params.first_index + i) for i in range(params.episodes) for task in sorted(params.tasks)]
@@ -96,7 +97,7 @@ def row_json(row: Comparison) -> dict[str, Any]:
         for label, rate in (("base", row.base), ("post-trained", row.post))
     }
     mcnemar = {"gained": row.gained, "lost": row.lost, "p": row.p}
-    return {"task": row.name, "episodes": row.base.n, **rates, "mcnemar": mcnemar}
+    return {"task": row.name, "episodes": row.base.n, **rates, "difference": asdict(paired_difference(row)), "mcnemar": mcnemar}
 
 
 def episode_json(ref: PolicyRef, result: RolloutResult) -> dict[str, Any]:

@@ -129,6 +129,7 @@ def test_evaluate_matches_scenes_and_compares(rig: Rig) -> None:
     overall = result["rows"][-1]
     assert overall["task"] == "all" and overall["episodes"] == 6 and overall["base"]["rate"] == 1.0
     assert overall["mcnemar"] == {"gained": 0, "lost": 0, "p": 1.0} and 0.5 < overall["base"]["low"] < 1.0
+    assert overall["difference"]["value"] == 0.0 and overall["difference"]["low"] < 0.0 < overall["difference"]["high"]
     assert "McNemar" in result["table"]
 
 

@@ -175,6 +175,7 @@ def test_evaluate_takes_the_newest_run_and_prints_its_table() -> None:
         "episodes": 4,
         "base": cell,
         "post-trained": cell | {"rate": 1.0},
+        "difference": {"value": 0.5, "low": 0.1, "high": 0.9},
         "mcnemar": {"gained": 2, "lost": 0, "p": 0.5},
     }
     result = {"split": "evaluation", "comparisons": [{"policy": "n/2", "reference": "base", "rows": [row]}]}
@@ -193,7 +194,7 @@ def test_evaluate_takes_the_newest_run_and_prints_its_table() -> None:
     with gateway(answers) as g:
         work.run_job(g, Console(file=out, width=120), "evaluate", {"tasks": ["reach"], "namespace": None}, wait=True)
     assert json.loads(answers.calls[1].content)["namespace"] == "n"
-    for text in ("reach", "0.50 [0.20, 0.80]", "1.00", "+2", "-0", "n/2 against base"):
+    for text in ("reach", "0.50 [0.20, 0.80]", "1.00", "+0.50 [+0.10, +0.90]", "+2 / -0", "n/2 against base"):
         assert text in out.getvalue()
 
 

@@ -92,7 +92,7 @@ def test_tables_carry_the_interval_and_json_round_trips():
     console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
     console.print(evaluation.rich_table(rows))
     for text in (console.export_text(), evaluation.plain_table(rows)):
-        assert "0.500 [0.150, 0.850]" in text and "McNemar p" in text
+        assert "0.500 [0.150, 0.850]" in text and "McNemar p" in text and str(evaluation.paired_difference(rows[-1])) in text
     assert evaluation.from_json(json.loads(json.dumps(evaluation.to_json(rows)))) == rows
 
 

@@ -25,9 +25,10 @@ def sample_record() -> dict[str, Any]:
     for i in range(2):
         row = {"round": i, "trajectories": 6, "updates": 400 * (i + 1), "loss": 0.1, "cosine": 0.5 + i / 4, "residual_norm": 0.2}
         events.append({"name": "round", "started": 6 + 7 * i, "finished": 12 + 7 * i, "version": i + 1, **row})
-    mcnemar = {"gained": 5, "lost": 1, "p": 0.21}
+    mcnemar, gain = {"gained": 5, "lost": 1, "p": 0.21}, {"value": 0.2, "low": -0.05, "high": 0.42}
     rows = [
-        {"task": t, "episodes": 20, "base": rate(0.4), "post-trained": rate(0.6), "mcnemar": mcnemar} for t in ("push", "overall")
+        {"task": t, "episodes": 20, "base": rate(0.4), "post-trained": rate(0.6), "difference": gain, "mcnemar": mcnemar}
+        for t in ("push", "overall")
     ]
     widths = [0.1] * 20 + [0.05] * 20 + [0.1] * 9
     skills = [{"prompt": "pick <b>", "start": 0, "end": 24}, {"prompt": "place", "start": 24, "end": 48}]
@@ -71,7 +72,12 @@ def test_page_holds_every_section_escaped_and_whole(tmp_path: Path) -> None:
     page = out.read_text()
     for heading in ("Success", "Segmentation", "Imagined and executed", "Stage 1", "Stage 2", "What it cost"):
         assert f"<h2>{heading}" in page
-    assert "+20.0 points: 0.400 to 0.600" in page and "1 of 2 demonstrations" in page and "12 trajectories" in page
+    assert (
+        "+20.0 points [-5.0, +42.0]: 0.400 to 0.600" in page
+        and "+0.20 [-0.05, +0.42]" in page
+        and "1 of 2 demonstrations" in page
+        and "12 trajectories" in page
+    )
     assert "were active for 34 s in all; side by side the run took 20 s" in page
     assert "pick &lt;b&gt;" in page and "pick <b>" not in page
     assert page.count("data:video/mp4;base64,") == 2 and page.count("<svg") >= 6
