@@ -18,7 +18,7 @@ Plot = Literal["dots", "curve", "rounds"]
 RICH = Regime("video-rich", 4)
 """Few labels, plenty of video: where the method has something to offer. Methods are compared here."""
 SHIPPED = Regime()
-"""Ablations are made here: its parts are all in zoo/, so that a clone is enough to compute them again (decision 043)."""
+"""Ablations are made here: its parts, but for Base-WM, are in zoo/, so that a clone is enough to compute them (decision 043)."""
 STRENGTHS = (4, 10, 25, 60)
 MEASURED_AT: dict[Kind, tuple[int, ...]] = {
     "video-rich": STRENGTHS,

@@ -153,8 +153,10 @@ How to read it. Success: all episodes of all training seeds, with the Wilson 95 
 scenes of its own, which all variants share; differences are paired by scene: Newcombe's 95 % interval for paired proportions
 (method 10), exact McNemar p, and p after Holm's adjustment for all differences of the table. These treat scenes as the only
 source of chance. Training is another: success and difference by training seed stand beside them, and a gain that the seeds do
-not share should not be believed. The paper's numbers (RoboCasa, GR00T-N1.6, 24 tasks) are of another benchmark, robot and model
-size: compare directions, not values. Wall times are of cells that ran side by side.
+not share should not be believed. A training seed is one of post-training (or of the baseline) and of its scenes; base, world
+model and Stage 1 of a regime are trained once, and what another training of them would give is in no interval. The paper's
+numbers (RoboCasa, GR00T-N1.6, 24 tasks) are of another benchmark, robot and model size: compare directions, not values. Wall
+times are of cells that ran side by side.
 """
 
 
