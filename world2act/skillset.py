@@ -94,6 +94,7 @@ def cut(
     key: str,
     recipe: Recipe,
     *,
+    number: int = 0,
     cue: Cue = "gripper",
     images: bool = True,
     videos: Path | None = None,
@@ -104,6 +105,7 @@ def cut(
     """One episode: {"key", "skipped": why} for one that cannot be read or used, else {"key", "task", "index", "instruction",
     "segmentation": Segmentation.to_json(), "clips": what ClipFolderWriter.add takes, "scores": method -> Score.to_json()}.
 
+    number: what its clips call the demonstration; each key's own, for files of one task or of several splits count alike.
     cue: "visual" cuts an episode without gripper widths where its film changes; "gripper" discards it. images: whether one whose
     images cannot be read is skipped, even if nothing here needs them. videos: where clips are written, or None.
     tolerances: frames at which boundaries are scored where the truth is known; none: nothing is scored.
@@ -120,7 +122,7 @@ def cut(
         clips = []
         if videos is not None and segmentation.skills:
             grid = stitch(episode.images, recipe.cells)
-            clips = write_clips(videos, recipe.names, recipe.fps, episode, segmentation.skills, grid)
+            clips = write_clips(videos, recipe.names, recipe.fps, replace(episode, index=number), segmentation.skills, grid)
         scores = compare(episode, recipe.calibration, tolerances, model) if tolerances else {}
     except ValueError as error:
         return {"key": key, "skipped": f"{key}: {error}"}
