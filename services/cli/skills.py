@@ -218,7 +218,7 @@ def write_lerobot(settings: BuildSettings, source: Source, recipe: Recipe, folde
 
 def summary(settings: BuildSettings, folder: Path, refused: list[str], seconds: float) -> dict[str, Any]:
     """What the journal says, in numbers. JSON."""
-    skipped, unscored = [], 0
+    skipped, unscored, unknown = [], 0, 0
     scores: dict[str, Score] = {}
     skills: Counter[str] = Counter()
     for record in records(folder):
@@ -227,6 +227,7 @@ def summary(settings: BuildSettings, folder: Path, refused: list[str], seconds: 
             continue
         skills.update(s["prompt"] for s in record["segmentation"]["skills"])
         unscored += not record["scores"]
+        unknown += bool(record["segmentation"]["skills"]) and not record["understood"]
         for method, content in record["scores"].items():
             score = Score.from_json(content)
             scores[method] = scores[method] + score if method in scores else score
@@ -241,6 +242,7 @@ def summary(settings: BuildSettings, folder: Path, refused: list[str], seconds: 
         "skipped_first": [*skipped, *refused][:LISTED],
         "statistics": statistics.to_json(),
         "skills": dict(skills.most_common()),
+        "unknown": unknown,
         "unscored": unscored,
         "scores": {m: scores[m].to_json() if m in scores else missing[m] for m in METHODS} if settings.score else {},
     }

@@ -126,6 +126,18 @@ def test_clips_of_several_files_of_one_task_keep_names_of_their_own(tmp_path: Pa
     assert [e.index for e in found] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5], "numbered through the source, not by file"
 
 
+def test_instructions_that_no_row_knows_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    worlds = [replace(world(i), instruction=text) for i, text in enumerate((PICK, "dance the tango"))]
+    foreign.write_libero(tmp_path, worlds)
+    for i in range(2):
+        with h5py.File(tmp_path / f"pick_{i}_demo.hdf5", "a") as file:
+            file["data"].attrs["bddl_file_name"] = f"dance_{i}.bddl"
+    options = ["--source", tmp_path, "--split", "base", "--formats", "--workers", 1, "--out", tmp_path / "out"]
+    assert run(monkeypatch, *options) == 0
+    assert summary(tmp_path / "out")["statistics"]["synced"] == 2 and summary(tmp_path / "out")["unknown"] == 1
+    assert "Of 1 no schema row knows the instruction" in capsys.readouterr().out
+
+
 def test_splits_stay_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for split, episodes in (("base", 1), ("worldmodel", 2)):
         (tmp_path / "demos" / split).mkdir(parents=True)

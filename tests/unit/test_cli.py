@@ -168,6 +168,25 @@ def test_parse_events_joins_lines_and_skips_comments() -> None:
     assert list(parse_events(iter(lines))) == [("4", "metrics", {"a": 1}), ("4", "message", {})]
 
 
+def test_segment_names_the_hand_and_says_what_no_row_knows(tmp_path: Path) -> None:
+    whole = {"prompt": "x", "start": 0, "end": 32}
+    texts = {"dance the tango": [whole], "dance, then open the drawer": [whole, whole], "open the drawer": [whole]}
+    cut = [{"demo": "d", "task": None, "instruction": t, "skills": s, "discarded": None} for t, s in texts.items()]
+    (tmp_path / "a.hdf5").write_bytes(b"file")
+    answers = [{"task": None, "skills": ["dance the tango"], "episodes": []}, {"task": None, "skills": None, "episodes": cut}]
+    answer = Answers(**{"POST /segment": lambda request: httpx.Response(200, json=answers.pop(0))})
+    out = io.StringIO()
+    with gateway(answer) as g:
+        for asked in ({"instruction": "dance the tango", "file": None}, {"instruction": None, "file": tmp_path / "a.hdf5"}):
+            found = work.segment(g, Console(), demo=None, embodiment="panda", **cast(Any, asked))
+            work.show_segments(found, Console(file=out, width=200))
+    assert json.loads(answer.calls[0].content) == {"instruction": "dance the tango", "planner": "rule", "embodiment": "panda"}
+    assert b'name="embodiment"\r\n\r\npanda' in answer.calls[1].content
+    lines = [line.rstrip() for line in out.getvalue().splitlines()]
+    assert lines[1] == "no schema row knows the instruction (one skill)" and lines[3].endswith("kept; " + lines[1])
+    assert lines[4].endswith("kept; no schema row knows the instruction (2 skills, by its verbs)") and lines[5].endswith(" kept")
+
+
 def test_evaluate_takes_the_newest_run_and_prints_its_table() -> None:
     cell = {"rate": 0.5, "low": 0.2, "high": 0.8, "n": 4, "successes": 2}
     row = {
