@@ -289,6 +289,11 @@ def evaluate(adapters: Adapters, data: Stage1Data, seed: int = 0) -> dict[str, f
     return out
 
 
+def unmeasured(clips: int) -> str:
+    """What is said where `clips` held-out clips are too few for `retrieval`; empty where they are enough."""
+    return f"retrieval needs {RETRIEVAL} held-out clips, there are {clips}" if clips < RETRIEVAL else ""
+
+
 def retrieval(scores: Tensor, groups: Tensor, seed: int, draws: int = 20) -> float:
     """Mean top-1 of row i among itself and 15 random rows of its group, `draws` times per row. nan without a group of 16."""
     generator = torch.Generator().manual_seed(seed)
@@ -360,6 +365,7 @@ def run(arguments: Arguments, progress: Progress | None = None) -> dict[str, Any
         "threads": arguments.threads,
         "settings": asdict(replace(settings, adapters=adapters.settings)),
         "metrics": evaluate(adapters, held_out),
+        "note": unmeasured(len(held_out)),
         "history": [{"step": i, **{k: round(v, 5) for k, v in history[i].items()}} for i in range(0, len(history), 20)],
         "seconds": {"latents": round(built - began, 1), "training": round(time.perf_counter() - built, 1)},
     }
@@ -388,6 +394,7 @@ def card_text(card: dict[str, Any], digest: str, worldmodel: str) -> str:
         "|---|---|",
         *(f"| {name} | {value:.3f} |" for name, value in card["metrics"].items()),
         "",
+        *([f"nan: {card['note']}.", ""] if card["note"] else []),
         f"`retrieval_*`: a clip's own action sequence is the most similar of {RETRIEVAL}; chance {1 / RETRIEVAL:.4f}.",
         "`r2_*`: variance of normalised actions that D_a explains; `r2_action` from E_a, the others from E_v.",
     ]
@@ -409,6 +416,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     card = run(arguments, show)
     print(json.dumps({"metrics": card["metrics"], "seconds": card["seconds"]}, indent=2))
+    if card["note"]:
+        print(card["note"], file=sys.stderr)
 
 
 if __name__ == "__main__":
