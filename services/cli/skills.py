@@ -20,7 +20,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -101,8 +100,8 @@ def start_cutting(
     source: Source, recipe: Recipe, numbers: dict[str, int], options: dict[str, Any], model: Callable[[], Model] | None
 ) -> Callable[[str], Record]:
     """What a worker process does with a key. numbers: each key's place in the source."""
-    cut = partial(skillset.cut, source, recipe=recipe, model=model() if model else None, **options)
-    return lambda key: cut(key, number=numbers[key])
+    planned = model() if model else None
+    return lambda key: skillset.cut(source, key, recipe, number=numbers[key], model=planned, **options)
 
 
 def check(settings: BuildSettings) -> None:
@@ -255,8 +254,8 @@ def build(settings: BuildSettings, console: Console) -> dict[str, Any]:
     started = time.monotonic()
     check(settings)
     source = open_source(settings.source, split=settings.split, format=settings.source_format)
-    if source.split is None and isinstance(source, RobomimicSource) and len(found := sorted({*source.splits.values()})) > 1:
-        raise ValueError(f"split: {source.path.name} holds episodes of {', '.join(found)}, which stay apart; name one of them")
+    if source.split is None and isinstance(source, RobomimicSource) and len(there := sorted({*source.splits.values()})) > 1:
+        raise ValueError(f"split: {source.path.name} holds episodes of {', '.join(there)}, which stay apart; name one of them")
     recipe = skillset.survey(source, settings.embodiment)
     if "lerobot" in settings.formats and recipe.calibration is None:
         raise ValueError("formats: LeRobot data sets need gripper widths, this source has none; write clips")
