@@ -1,6 +1,6 @@
 """Training the embedded base policy by behaviour cloning on few demonstrations (split `base` only), so that it can be improved.
 
-python -m world2act.behaviour_cloning --demos DIR --out zoo/base.safetensors
+world2act train-base --demos DIR --out zoo/base.safetensors
 """
 
 from __future__ import annotations
@@ -29,22 +29,33 @@ from world2act.types import Episode, FloatArray, ImageArray, M
 
 @dataclass(frozen=True)
 class Settings:
-    """demos: folder of <split>/<task>.hdf5; out: weights file to write, with a card <name>.md beside it; per_task:
-    demonstrations a task; shift: random image shift in pixels, each way; state_noise: in spreads; threads: CPU threads."""
+    """Train the base policy on demonstrations of split base."""
 
     demos: Path
+    """Folder of demonstrations: <demos>/<split>/<task>.hdf5."""
     out: Path
+    """Weights file to write, with a card <name>.md beside it."""
     seed: int = 0
     threads: int = 1
+    """CPU threads."""
     per_task: int = 4
+    """Demonstrations a task at most, the first."""
     tasks: tuple[str, ...] | None = None
+    """Tasks; none: all that there are."""
     steps: int = 1000
+    """Training steps."""
     batch: int = 64
+    """Samples a step."""
     rate: float = 2e-3
+    """Learning rate, the highest of its schedule."""
     weight_decay: float = 1e-3
+    """Of AdamW."""
     shift: int = 3
+    """Random image shift in pixels, each way."""
     state_noise: float = 0.05
+    """Noise on the state, in its standard deviations."""
     precision: Precision = "auto"
+    """auto: bfloat16 where the CPU has AMX."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +186,7 @@ def card_text(policy: TinyPolicy, card: dict[str, Any]) -> str:
 
 def main() -> None:
     """Command line; see `Settings`."""
-    settings = tyro.cli(Settings, description=__doc__)
+    settings = tyro.cli(Settings, prog="world2act train-base", description=__doc__)
     with progress_display() as progress:
         policy = train_base(settings, progress)
     print(f"wrote {settings.out} (sha256 {policy.hash[:12]})")

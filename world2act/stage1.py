@@ -313,7 +313,10 @@ def retrieval(scores: Tensor, groups: Tensor, seed: int, draws: int = 20) -> flo
 
 @dataclass(frozen=True)
 class Arguments:
-    """Train the adapters on demonstrations (split worldmodel) and measure them on held-out ones (split validation)."""
+    """Train the adapters on demonstrations (split worldmodel) and measure them on held-out ones (split validation).
+
+    On a large world model: world2act stage1 --backbone NAME --help (there --data, not --demos).
+    """
 
     demos: Path
     """Folder of demonstrations: <demos>/<split>/<task>.hdf5."""
@@ -412,7 +415,7 @@ def main() -> None:
         if step % 100 == 0 or step == steps:
             print(f"step {step}/{steps}  " + "  ".join(f"{k} {v:.3f}" for k, v in metrics.items()), file=sys.stderr, flush=True)
 
-    arguments = tyro.cli(Arguments)
+    arguments = tyro.cli(Arguments, prog="world2act stage1")
     torch.set_num_threads(arguments.threads)
     card = run(arguments, show)
     print(json.dumps({"metrics": card["metrics"], "seconds": card["seconds"]}, indent=2))

@@ -1,6 +1,8 @@
 """Training the embedded world model on skill clips: first the video VAE, then the transformer on its cached latents.
 
-    python -m world2act.worldmodel_training --demos DIR --out zoo/worldmodel.safetensors
+    world2act train-worldmodel --demos DIR --out zoo/worldmodel.safetensors
+
+A large world model: world2act train-worldmodel --backbone NAME --help (there --data, not --demos).
 
 Reads split `worldmodel` (or `base`: a world model that has seen no more than a base policy) for training and `validation` for
 the numbers in the card; any other split is refused. Only video and prompts train it, never actions. Three things decide
@@ -372,7 +374,8 @@ def _describe(episodes: Sequence[CutEpisode], discarded: int) -> dict[str, Any]:
 
 def main() -> None:
     """Command line; see `Settings`."""
-    settings = tyro.cli(Settings, description=__doc__, config=(tyro.conf.EnumChoicesFromValues,))
+    config = (tyro.conf.EnumChoicesFromValues,)
+    settings = tyro.cli(Settings, prog="world2act train-worldmodel", description=__doc__, config=config)
     try:
         with progress_display() as progress:
             model = train_worldmodel(settings, progress)

@@ -101,6 +101,8 @@ def schemas(file: Path | None = None) -> None:
 def _job(kind: str, body: dict[str, Any], wait: bool) -> None:
     from services.cli import work
 
+    if body.get("tasks") == []:
+        raise CliError("tasks: name at least one")
     with Gateway(CliSettings.load()) as gateway:
         work.run_job(gateway, console, kind, body, wait)
 
@@ -139,13 +141,13 @@ def posttrain(
     tasks: Positional[tuple[str, ...]],
     preset: Literal["default", "paper"] = "default",
     mode: Literal["serial", "synchronous", "asynchronous"] = "asynchronous",
-    eta: int | None = None,
-    rounds: int | None = None,
-    episodes: int | None = None,
-    steps: int | None = None,
+    eta: Annotated[int | None, arg(help="asynchronous: versions that the acting policy may be behind, >= 1")] = None,
+    rounds: Annotated[int | None, arg(help="on-policy rounds after the first")] = None,
+    episodes: Annotated[int | None, arg(help="initial states a task and round")] = None,
+    steps: Annotated[int | None, arg(help="optimiser steps a round")] = None,
     seed: int = 0,
-    namespace: str | None = None,
-    watch: bool = False,
+    namespace: Annotated[str | None, arg(help="where versions are published; else the job's id")] = None,
+    watch: Wait = False,
 ) -> None:
     """Post-train the base policy on tasks, without rewards. What is left out comes from the preset."""
     body: dict[str, Any] = {"tasks": list(tasks), "preset": preset, "mode": mode, "eta": eta, "rounds": rounds}

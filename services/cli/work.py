@@ -74,17 +74,22 @@ def unknown(skills: list[Any]) -> str:
 def show_rollouts(result: Result, console: Console) -> None:
     """One row for each initial state."""
     table = Table(box=None, pad_edge=False)
-    for name in ("initial state", "skills", "outcome", "imagined video", "executed video"):
+    for name in ("initial state", "skills", "outcome"):
         table.add_column(name, overflow="fold")
     for r in result.get("rollouts", [result]):
         outcome = "-" if "success" not in r else f"{'success' if r['success'] else 'no success'}, {r['chunks']} chunks"
         skills = "; ".join(r.get("skills", [])) or "-"
-        table.add_row(str(r.get("index")), skills, outcome, _url(r.get("imagined_video")), _url(r.get("executed_video")))
+        table.add_row(str(r.get("index")), skills, outcome)
     console.print(table)
 
 
-def _url(artifact: str | None) -> str:
-    return f"/artifacts/{artifact}" if artifact else "-"
+def show_videos(result: Result, url: str, console: Console) -> None:
+    """Where the gateway at `url` serves them: a line each, whole however narrow the terminal."""
+    for r in result.get("rollouts", [result]):
+        for kind in ("imagined", "executed"):
+            if artifact := r.get(f"{kind}_video"):
+                line = f"{kind} video of initial state {r['index']}: {url}/artifacts/{artifact}"
+                console.print(line, soft_wrap=True, highlight=False)
 
 
 def rate(cell: dict[str, Any]) -> str:
@@ -175,6 +180,8 @@ def finish(gateway: Gateway, console: Console, kind: str, job: str) -> Result:
     ended = gateway.follow(job, console, f"{kind} {job}", round_line(console))
     result = dict(ended.get("result") or {})
     SHOW.get(kind, show_json)(result, console)
+    if kind in ("rollout", "imagine"):
+        show_videos(result, gateway.url, console)
     return result
 
 
