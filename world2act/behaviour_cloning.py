@@ -17,7 +17,7 @@ import torch
 import tyro
 
 from world2act import splits
-from world2act.console import Progress, no_progress, progress_display
+from world2act.console import Progress, command_line, no_progress, progress_display
 from world2act.data import robomimic
 from world2act.data.clips import camera_every, camera_grid, intended
 from world2act.models.tiny_policy import TinyPolicy, TinyPolicyConfig
@@ -153,6 +153,7 @@ def train_base(settings: Settings, progress: Progress = no_progress) -> TinyPoli
             "tasks": {task: len(some) for task, some in chosen.items()},
             "samples": len(samples.frames),
         },
+        "command": command_line("world2act train-base", settings),
         "settings": json.loads(json.dumps(asked, default=str)),
         "metrics": {name: round(value, 5) for name, value in metrics.items()},
         "seconds": round(time.monotonic() - clock, 1),
@@ -165,19 +166,18 @@ def train_base(settings: Settings, progress: Progress = no_progress) -> TinyPoli
 def card_text(policy: TinyPolicy, card: dict[str, Any]) -> str:
     """The card as Markdown: what, data, command, seed, metrics."""
     settings, data = card["settings"], card["data"]
-    command = f"python -m world2act.behaviour_cloning --demos DEMOS --out {settings['out']} --seed {settings['seed']}"
     return "\n".join(
         [
             "# Embedded base policy `tiny`",
             "",
-            "Two 64x64 views, proprioception and hashed words of the instruction -> one chunk of four actions. Cloned from few",
-            "demonstrations on purpose: it is the frozen base that post-training is to improve.",
+            "Two 64x64 views, proprioception and hashed words of the instruction -> one chunk of four actions: the frozen base",
+            "that post-training is to improve.",
             "",
             f"- weights: sha256 `{policy.hash}`, float32, {sum(p.numel() for p in policy.parameters())} parameters",
-            f"- data: split `{data['split']}`, scripted experts, episodes per task {data['tasks']}; {data['samples']} samples",
-            f"- command: `{command}`",
+            f"- data: split `{data['split']}`, episodes per task {data['tasks']}; {data['samples']} samples",
+            f"- command: `{card['command']}`",
             f"- settings: {settings}",
-            f"- seconds on {settings['threads']} thread(s), other work on the machine: {card['seconds']}",
+            f"- seconds on {settings['threads']} thread(s): {card['seconds']}",
             f"- training loss (Huber, normalised actions): {card['metrics']['loss']:.4f}",
             "",
         ]

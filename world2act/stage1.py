@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from world2act import objectives
+from world2act.console import command_line
 from world2act.data.clips import cut_clips
 from world2act.data.robomimic import read_root
 from world2act.models.adapters import Adapters
@@ -359,11 +360,10 @@ def run(arguments: Arguments, progress: Progress | None = None) -> dict[str, Any
     )
     built = time.perf_counter()
     adapters, history = train(data, settings, seed, progress)
-    flags = f"--preset {arguments.preset} --seed {seed} --episodes {arguments.episodes} --steps {settings.steps}"
     card = {
         "what": "Stage 1 adapters: E_v, E_a, D_a (METHOD section 3)",
         "data": f"{len(data)} skill clips of split worldmodel; metrics on {len(held_out)} of split validation",
-        "command": f"python -m world2act.stage1 --demos DEMOS --worldmodel zoo/worldmodel.safetensors --out OUT {flags}",
+        "command": command_line("world2act stage1", arguments),
         "seed": seed,
         "threads": arguments.threads,
         "settings": asdict(replace(settings, adapters=adapters.settings)),
@@ -390,8 +390,8 @@ def card_text(card: dict[str, Any], digest: str, worldmodel: str) -> str:
         f"- command: `{card['command']}`",
         f"- seconds on {card['threads']} thread(s): {card['seconds']}",
         "",
-        "Held out; `true`: encoded video, `predicted`: imagined one chunk ahead from real frames. Half of the episodes are",
-        "disturbed: disturbed chunks count with their true latents, which show them, and not with predicted ones.",
+        "Held out; `true`: encoded video, `predicted`: imagined one chunk ahead from real frames. Chunks that were disturbed",
+        "count with their true latents, which show it, and not with predicted ones.",
         "",
         "| metric | value |",
         "|---|---|",

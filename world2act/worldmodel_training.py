@@ -30,7 +30,7 @@ import tyro
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from world2act import splits, worldmodel_metrics
-from world2act.console import Progress, no_progress, progress_display
+from world2act.console import Progress, command_line, no_progress, progress_display
 from world2act.data.clips import Cut, CutEpisode, LatentBank, median_first_frames, read_cut
 from world2act.models.vae import SEEN, VideoVAE, to_float
 from world2act.models.worldmodel import WorldModel, WorldModelConfig
@@ -338,6 +338,7 @@ def train_worldmodel(settings: Settings, progress: Progress = no_progress) -> Wo
     asked |= {name: path.name for name, path in asked.items() if isinstance(path, Path)}
     card = {
         "data": _describe(cut.episodes, cut.discarded) | {"validation_episodes": len(held_out.episodes)},
+        "command": command_line("world2act train-worldmodel", settings),
         "settings": json.loads(json.dumps(asked, default=str)),
         "metrics": {name: round(value, 5) for name, value in metrics.items()},
         "seconds": times,
