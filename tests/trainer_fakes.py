@@ -274,7 +274,9 @@ class FakeSimulator(SimulatorServicer):
 
 
 class FakePolicy(PolicyServicer):
-    """base 0.1 everywhere, residual 0.01 * version; a version must be loaded before it acts."""
+    """base 0.1 everywhere, residual 0.01 * version; a version must be loaded before it acts. `refuses`: what it says to Load."""
+
+    refuses = ""
 
     def __init__(self, adapters_hash: str = "") -> None:
         self.adapters_hash, self.worldmodel_hash = adapters_hash, WORLDMODEL_HASH
@@ -311,6 +313,8 @@ class FakePolicy(PolicyServicer):
 
     @guarded
     def Load(self, request: policy_pb2.LoadRequest, context: grpc.ServicerContext) -> policy_pb2.LoadReply:
+        if self.refuses:
+            raise RpcError(grpc.StatusCode.FAILED_PRECONDITION, self.refuses)
         self.loaded[request.namespace, request.version] = request.uri
         return policy_pb2.LoadReply(versions=[request.version])
 

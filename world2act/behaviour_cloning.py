@@ -1,6 +1,6 @@
 """Training the embedded base policy by behaviour cloning on few demonstrations (split `base` only), so that it can be improved.
 
-python -m world2act.behaviour_cloning --demos DIR --out zoo/base.safetensors
+world2act train-base --demos DIR --out zoo/base.safetensors
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 import tyro
 
 from world2act import splits
-from world2act.console import Progress, no_progress, progress_display
+from world2act.console import Progress, command_line, no_progress, progress_display
 from world2act.data import robomimic
 from world2act.data.clips import camera_every, camera_grid, intended
 from world2act.models.tiny_policy import TinyPolicy, TinyPolicyConfig
@@ -29,22 +29,33 @@ from world2act.types import Episode, FloatArray, ImageArray, M
 
 @dataclass(frozen=True)
 class Settings:
-    """demos: folder of <split>/<task>.hdf5; out: weights file to write, with a card <name>.md beside it; per_task:
-    demonstrations a task; shift: random image shift in pixels, each way; state_noise: in spreads; threads: CPU threads."""
+    """Train the base policy on demonstrations of split base."""
 
     demos: Path
+    """Folder of demonstrations: <demos>/<split>/<task>.hdf5."""
     out: Path
+    """Weights file to write, with a card <name>.md beside it."""
     seed: int = 0
     threads: int = 1
+    """CPU threads."""
     per_task: int = 4
+    """Demonstrations a task at most, the first."""
     tasks: tuple[str, ...] | None = None
+    """Tasks; none: all that there are."""
     steps: int = 1000
+    """Training steps."""
     batch: int = 64
+    """Samples a step."""
     rate: float = 2e-3
+    """Learning rate, the highest of its schedule."""
     weight_decay: float = 1e-3
+    """Of AdamW."""
     shift: int = 3
+    """Random image shift in pixels, each way."""
     state_noise: float = 0.05
+    """Noise on the state, in its standard deviations."""
     precision: Precision = "auto"
+    """auto: bfloat16 where the CPU has AMX."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +153,7 @@ def train_base(settings: Settings, progress: Progress = no_progress) -> TinyPoli
             "tasks": {task: len(some) for task, some in chosen.items()},
             "samples": len(samples.frames),
         },
+        "command": command_line("world2act train-base", settings),
         "settings": json.loads(json.dumps(asked, default=str)),
         "metrics": {name: round(value, 5) for name, value in metrics.items()},
         "seconds": round(time.monotonic() - clock, 1),
@@ -154,19 +166,18 @@ def train_base(settings: Settings, progress: Progress = no_progress) -> TinyPoli
 def card_text(policy: TinyPolicy, card: dict[str, Any]) -> str:
     """The card as Markdown: what, data, command, seed, metrics."""
     settings, data = card["settings"], card["data"]
-    command = f"python -m world2act.behaviour_cloning --demos DEMOS --out {settings['out']} --seed {settings['seed']}"
     return "\n".join(
         [
             "# Embedded base policy `tiny`",
             "",
-            "Two 64x64 views, proprioception and hashed words of the instruction -> one chunk of four actions. Cloned from few",
-            "demonstrations on purpose: it is the frozen base that post-training is to improve.",
+            "Two 64x64 views, proprioception and hashed words of the instruction -> one chunk of four actions: the frozen base",
+            "that post-training is to improve.",
             "",
             f"- weights: sha256 `{policy.hash}`, float32, {sum(p.numel() for p in policy.parameters())} parameters",
-            f"- data: split `{data['split']}`, scripted experts, episodes per task {data['tasks']}; {data['samples']} samples",
-            f"- command: `{command}`",
+            f"- data: split `{data['split']}`, episodes per task {data['tasks']}; {data['samples']} samples",
+            f"- command: `{card['command']}`",
             f"- settings: {settings}",
-            f"- seconds on {settings['threads']} thread(s), other work on the machine: {card['seconds']}",
+            f"- seconds on {settings['threads']} thread(s): {card['seconds']}",
             f"- training loss (Huber, normalised actions): {card['metrics']['loss']:.4f}",
             "",
         ]
@@ -175,7 +186,7 @@ def card_text(policy: TinyPolicy, card: dict[str, Any]) -> str:
 
 def main() -> None:
     """Command line; see `Settings`."""
-    settings = tyro.cli(Settings, description=__doc__)
+    settings = tyro.cli(Settings, prog="world2act train-base", description=__doc__)
     with progress_display() as progress:
         policy = train_base(settings, progress)
     print(f"wrote {settings.out} (sha256 {policy.hash[:12]})")

@@ -163,7 +163,8 @@ class Bundle:
 
         expected, layout, adapters: what the bundle must have been made with; None, or an empty hash: anything. max_bound: of
         the residual, in standard deviations of the actions. trusted: keys of which one must have signed it; none: a signature
-        is not demanded, but one that is there must hold. Raises WeightsError naming what is damaged, missing, or differs.
+        is not demanded, but one that is there must hold. Raises WeightsError naming what is damaged, missing, or differs
+        (then a MismatchError).
         """
         tensors, metadata, _ = store.parse(content, KIND, name)
         try:
@@ -177,7 +178,7 @@ class Bundle:
             raise store.WeightsError(f"{name}: does not hold a residual policy that can run ({reason})") from None
         difference = bundle._difference(expected, layout, adapters, max_bound)
         if difference:
-            raise store.WeightsError(f"{name}: {difference}")
+            raise store.MismatchError(f"{name}: {difference}")
         return bundle
 
     @classmethod

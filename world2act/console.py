@@ -3,10 +3,14 @@ command says where its user asked for what cannot be."""
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
@@ -27,6 +31,28 @@ def status(work: Callable[[], object]) -> int:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
+
+
+def command_line(program: str, settings: Any) -> str:
+    """What gives `settings`, a dataclass of the options of `program`: all that are not the default. Of a path from the root only
+    its name is told."""
+    return shlex.join([*program.split(), *_options(settings, "--")])
+
+
+def _options(settings: Any, prefix: str) -> list[str]:
+    words: list[str] = []
+    for option in fields(settings):
+        value, name = getattr(settings, option.name), option.name.replace("_", "-")
+        if value == (option.default if option.default_factory is MISSING else option.default_factory()):
+            continue
+        if is_dataclass(value):
+            words += _options(value, f"{prefix}{name}.")
+        elif isinstance(value, bool):
+            words.append(f"{prefix}{'' if value else 'no-'}{name}")
+        else:
+            told = value.name if isinstance(value, Path) and value.is_absolute() else value
+            words += [prefix + name, *map(str, told if isinstance(told, tuple) else (told,))]
+    return words
 
 
 def no_progress(part: str, done: int, total: int, values: dict[str, float]) -> None:

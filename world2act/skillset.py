@@ -21,7 +21,7 @@ from world2act.segmentation.comparison import compare
 from world2act.segmentation.events import GripperCalibration, calibrated
 from world2act.segmentation.planner import Planner
 from world2act.segmentation.schemas import load_schemas
-from world2act.segmentation.segment import Segmentation, hand_of, segment_episode, segment_film
+from world2act.segmentation.segment import Segmentation, default_planner, hand_of, segment_episode, segment_film
 from world2act.segmentation.visual import pixel_features
 from world2act.types import Episode, ImageArray
 
@@ -94,6 +94,7 @@ def cut(
     key: str,
     recipe: Recipe,
     *,
+    number: int = 0,
     cue: Cue = "gripper",
     images: bool = True,
     videos: Path | None = None,
@@ -102,8 +103,10 @@ def cut(
     by_model: bool = False,
 ) -> Record:
     """One episode: {"key", "skipped": why} for one that cannot be read or used, else {"key", "task", "index", "instruction",
-    "segmentation": Segmentation.to_json(), "clips": what ClipFolderWriter.add takes, "scores": method -> Score.to_json()}.
+    "understood", "segmentation": Segmentation.to_json(), "clips": what ClipFolderWriter.add takes, "scores": method ->
+    Score.to_json()}.
 
+    number: what its clips call the demonstration; each key's own, for files of one task or of several splits count alike.
     cue: "visual" cuts an episode without gripper widths where its film changes; "gripper" discards it. images: whether one whose
     images cannot be read is skipped, even if nothing here needs them. videos: where clips are written, or None.
     tolerances: frames at which boundaries are scored where the truth is known; none: nothing is scored.
@@ -116,17 +119,24 @@ def cut(
         return {"key": key, "skipped": str(error)}
     planner, aligner = model if model is not None and by_model else (None, None)
     try:
-        segmentation = replace(_segment(episode, recipe, cue, planner, aligner), task=episode.task)
+        found = _segment(episode, recipe, cue, planner, aligner)
+        segmentation = replace(found, task=episode.task)
         clips = []
         if videos is not None and segmentation.skills:
             grid = stitch(episode.images, recipe.cells)
-            clips = write_clips(videos, recipe.names, recipe.fps, episode, segmentation.skills, grid)
+            clips = write_clips(videos, recipe.names, recipe.fps, replace(episode, index=number), segmentation.skills, grid)
         scores = compare(episode, recipe.calibration, tolerances, model) if tolerances else {}
     except ValueError as error:
         return {"key": key, "skipped": f"{key}: {error}"}
     head = {"key": key, "task": episode.task, "index": episode.index, "instruction": episode.instruction}
     scored = {method: score.to_json() for method, score in scores.items()}
-    return {**head, "segmentation": segmentation.to_json(), "clips": clips, "scores": scored}
+    known = understood(found.task, episode.instruction)
+    return {**head, "understood": known, "segmentation": segmentation.to_json(), "clips": clips, "scores": scored}
+
+
+def understood(task: str | None, instruction: str) -> bool:
+    """Whether rows of schemas.json know what was cut: `task` is the row that its plan names, or they know all verb phrases."""
+    return task is not None or bool(default_planner().understand(instruction).task)
 
 
 def _segment(episode: Episode, recipe: Recipe, cue: Cue, planner: Planner | None, aligner: Aligner | None) -> Segmentation:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from world2act import objectives
+from world2act.console import command_line
 from world2act.data.clips import cut_clips
 from world2act.data.robomimic import read_root
 from world2act.models.adapters import Adapters
@@ -289,6 +290,11 @@ def evaluate(adapters: Adapters, data: Stage1Data, seed: int = 0) -> dict[str, f
     return out
 
 
+def unmeasured(clips: int) -> str:
+    """What is said where `clips` held-out clips are too few for `retrieval`; empty where they are enough."""
+    return f"retrieval needs {RETRIEVAL} held-out clips, there are {clips}" if clips < RETRIEVAL else ""
+
+
 def retrieval(scores: Tensor, groups: Tensor, seed: int, draws: int = 20) -> float:
     """Mean top-1 of row i among itself and 15 random rows of its group, `draws` times per row. nan without a group of 16."""
     generator = torch.Generator().manual_seed(seed)
@@ -308,7 +314,10 @@ def retrieval(scores: Tensor, groups: Tensor, seed: int, draws: int = 20) -> flo
 
 @dataclass(frozen=True)
 class Arguments:
-    """Train the adapters on demonstrations (split worldmodel) and measure them on held-out ones (split validation)."""
+    """Train the adapters on demonstrations (split worldmodel) and measure them on held-out ones (split validation).
+
+    On a large world model: world2act stage1 --backbone NAME --help (there --data, not --demos).
+    """
 
     demos: Path
     """Folder of demonstrations: <demos>/<split>/<task>.hdf5."""
@@ -351,15 +360,15 @@ def run(arguments: Arguments, progress: Progress | None = None) -> dict[str, Any
     )
     built = time.perf_counter()
     adapters, history = train(data, settings, seed, progress)
-    flags = f"--preset {arguments.preset} --seed {seed} --episodes {arguments.episodes} --steps {settings.steps}"
     card = {
         "what": "Stage 1 adapters: E_v, E_a, D_a (METHOD section 3)",
         "data": f"{len(data)} skill clips of split worldmodel; metrics on {len(held_out)} of split validation",
-        "command": f"python -m world2act.stage1 --demos DEMOS --worldmodel zoo/worldmodel.safetensors --out OUT {flags}",
+        "command": command_line("world2act stage1", arguments),
         "seed": seed,
         "threads": arguments.threads,
         "settings": asdict(replace(settings, adapters=adapters.settings)),
         "metrics": evaluate(adapters, held_out),
+        "note": unmeasured(len(held_out)),
         "history": [{"step": i, **{k: round(v, 5) for k, v in history[i].items()}} for i in range(0, len(history), 20)],
         "seconds": {"latents": round(built - began, 1), "training": round(time.perf_counter() - built, 1)},
     }
@@ -381,13 +390,14 @@ def card_text(card: dict[str, Any], digest: str, worldmodel: str) -> str:
         f"- command: `{card['command']}`",
         f"- seconds on {card['threads']} thread(s): {card['seconds']}",
         "",
-        "Held out; `true`: encoded video, `predicted`: imagined one chunk ahead from real frames. Half of the episodes are",
-        "disturbed: disturbed chunks count with their true latents, which show them, and not with predicted ones.",
+        "Held out; `true`: encoded video, `predicted`: imagined one chunk ahead from real frames. Chunks that were disturbed",
+        "count with their true latents, which show it, and not with predicted ones.",
         "",
         "| metric | value |",
         "|---|---|",
         *(f"| {name} | {value:.3f} |" for name, value in card["metrics"].items()),
         "",
+        *([f"nan: {card['note']}.", ""] if card["note"] else []),
         f"`retrieval_*`: a clip's own action sequence is the most similar of {RETRIEVAL}; chance {1 / RETRIEVAL:.4f}.",
         "`r2_*`: variance of normalised actions that D_a explains; `r2_action` from E_a, the others from E_v.",
     ]
@@ -405,10 +415,12 @@ def main() -> None:
         if step % 100 == 0 or step == steps:
             print(f"step {step}/{steps}  " + "  ".join(f"{k} {v:.3f}" for k, v in metrics.items()), file=sys.stderr, flush=True)
 
-    arguments = tyro.cli(Arguments)
+    arguments = tyro.cli(Arguments, prog="world2act stage1")
     torch.set_num_threads(arguments.threads)
     card = run(arguments, show)
     print(json.dumps({"metrics": card["metrics"], "seconds": card["seconds"]}, indent=2))
+    if card["note"]:
+        print(card["note"], file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -175,16 +175,8 @@ def card_text(model: WorldModel, card: dict[str, Any]) -> str:
     settings, data = card["settings"], card["data"]
     parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
     method = "Regression" if model.config.noise_scale == 0 else "Flow matching"
-    command = f"python -m world2act.worldmodel_training --demos DEMOS --out {settings['out']} --seed {settings['seed']}"
-    for name, usual in (("split", "worldmodel"), ("limit", None), ("own", None), ("more", None)):
-        if settings.get(name, usual) != usual:
-            command += f" --{name} {settings[name]}"
-    vae = f"VAE {settings['vae']}"
-    if not settings["segmented"]:
-        command += " --no-segmented"
-    if settings["vae_from"]:
-        command += f" --vae-from {settings['vae_from']}"
-        vae = f"VAE as in {settings['vae_from']}"
+    gpu = "a GPU and " if settings.get("device") == "cuda" else ""
+    vae = f"VAE as in {settings['vae_from']}" if settings["vae_from"] else f"VAE {settings['vae']}"
     lines = [
         "# Embedded world model",
         "",
@@ -194,13 +186,12 @@ def card_text(model: WorldModel, card: dict[str, Any]) -> str:
         "It knows the scenes of the tasks below; of no use elsewhere.",
         "",
         f"- weights: sha256 `{model.hash}`, float32, parameters {parameters}",
-        f"- data: split `{data['split']}`, scripted experts, episodes per task {data['tasks']},",
+        f"- data: split `{data['split']}`, episodes per task {data['tasks']},",
         f"  {data['perturbed']} of them with random offsets per chunk; {data['skills']} skill clips;",
         f"  {data['discarded']} episodes that the segmenter discards are used with the skills that were active while they ran",
-        f"- command: `{command}`",
+        f"- command: `{card['command']}`",
         f"- settings: {vae}; transformer {settings['transformer']}",
-        f"- seconds on {'a GPU and ' if settings.get('device') == 'cuda' else ''}{settings['threads']} thread(s), "
-        f"other work on the machine: {card['seconds']}",
+        f"- seconds on {gpu}{settings['threads']} thread(s): {card['seconds']}",
         "",
         f"Held out (split `validation`, {data['validation_episodes']} episodes):",
         "",

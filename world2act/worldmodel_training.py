@@ -1,6 +1,8 @@
 """Training the embedded world model on skill clips: first the video VAE, then the transformer on its cached latents.
 
-    python -m world2act.worldmodel_training --demos DIR --out zoo/worldmodel.safetensors
+    world2act train-worldmodel --demos DIR --out zoo/worldmodel.safetensors
+
+A large world model: world2act train-worldmodel --backbone NAME --help (there --data, not --demos).
 
 Reads split `worldmodel` (or `base`: a world model that has seen no more than a base policy) for training and `validation` for
 the numbers in the card; any other split is refused. Only video and prompts train it, never actions. Three things decide
@@ -28,7 +30,7 @@ import tyro
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from world2act import splits, worldmodel_metrics
-from world2act.console import Progress, no_progress, progress_display
+from world2act.console import Progress, command_line, no_progress, progress_display
 from world2act.data.clips import Cut, CutEpisode, LatentBank, median_first_frames, read_cut
 from world2act.models.vae import SEEN, VideoVAE, to_float
 from world2act.models.worldmodel import WorldModel, WorldModelConfig
@@ -336,6 +338,7 @@ def train_worldmodel(settings: Settings, progress: Progress = no_progress) -> Wo
     asked |= {name: path.name for name, path in asked.items() if isinstance(path, Path)}
     card = {
         "data": _describe(cut.episodes, cut.discarded) | {"validation_episodes": len(held_out.episodes)},
+        "command": command_line("world2act train-worldmodel", settings),
         "settings": json.loads(json.dumps(asked, default=str)),
         "metrics": {name: round(value, 5) for name, value in metrics.items()},
         "seconds": times,
@@ -372,7 +375,8 @@ def _describe(episodes: Sequence[CutEpisode], discarded: int) -> dict[str, Any]:
 
 def main() -> None:
     """Command line; see `Settings`."""
-    settings = tyro.cli(Settings, description=__doc__, config=(tyro.conf.EnumChoicesFromValues,))
+    config = (tyro.conf.EnumChoicesFromValues,)
+    settings = tyro.cli(Settings, prog="world2act train-worldmodel", description=__doc__, config=config)
     try:
         with progress_display() as progress:
             model = train_worldmodel(settings, progress)

@@ -70,17 +70,19 @@ def prometheus() -> None:
 
 def segment(
     instruction: Positional[str | None] = None,
-    file: Path | None = None,
-    demo: str | None = None,
-    planner: Literal["rule", "llm"] = "rule",
-    episode: str | None = None,
+    file: Annotated[Path | None, arg(help="HDF5 demonstrations to upload")] = None,
+    demo: Annotated[str | None, arg(help="one of them: demo_3, episode_000003, a clip's name; else all")] = None,
+    planner: Annotated[Literal["rule", "llm"], arg(help="llm: by the segmenter's language model; else by schemas")] = "rule",
+    episode: Annotated[str | None, arg(help="file or folder below the gateway's W2A_DATA_ROOT: HDF5, LeRobot, clips")] = None,
+    embodiment: Annotated[
+        str | None, arg(help="whose gripper calibration to use (schemas.json); else the data's robot's, or Meta-World's")
+    ] = None,
 ) -> None:
-    """Cut an instruction, an uploaded HDF5 file, or data in the gateway's data folder (--episode: LeRobot, clips, many files)
-    into skills; planner llm asks the segmenter's language model."""
+    """Cut an instruction, an uploaded HDF5 file, or data in the gateway's data folder into skills."""
     from services.cli import work
 
     with Gateway(CliSettings.load()) as gateway:
-        work.show_segments(work.segment(gateway, console, instruction, file, demo, planner, episode), console)
+        work.show_segments(work.segment(gateway, console, instruction, file, demo, planner, episode, embodiment), console)
 
 
 def schemas(file: Path | None = None) -> None:
@@ -99,6 +101,8 @@ def schemas(file: Path | None = None) -> None:
 def _job(kind: str, body: dict[str, Any], wait: bool) -> None:
     from services.cli import work
 
+    if body.get("tasks") == []:
+        raise CliError("tasks: name at least one")
     with Gateway(CliSettings.load()) as gateway:
         work.run_job(gateway, console, kind, body, wait)
 
@@ -137,13 +141,13 @@ def posttrain(
     tasks: Positional[tuple[str, ...]],
     preset: Literal["default", "paper"] = "default",
     mode: Literal["serial", "synchronous", "asynchronous"] = "asynchronous",
-    eta: int | None = None,
-    rounds: int | None = None,
-    episodes: int | None = None,
-    steps: int | None = None,
+    eta: Annotated[int | None, arg(help="asynchronous: versions that the acting policy may be behind, >= 1")] = None,
+    rounds: Annotated[int | None, arg(help="on-policy rounds after the first")] = None,
+    episodes: Annotated[int | None, arg(help="initial states a task and round")] = None,
+    steps: Annotated[int | None, arg(help="optimiser steps a round")] = None,
     seed: int = 0,
-    namespace: str | None = None,
-    watch: bool = False,
+    namespace: Annotated[str | None, arg(help="where versions are published; else the job's id")] = None,
+    watch: Wait = False,
 ) -> None:
     """Post-train the base policy on tasks, without rewards. What is left out comes from the preset."""
     body: dict[str, Any] = {"tasks": list(tasks), "preset": preset, "mode": mode, "eta": eta, "rounds": rounds}

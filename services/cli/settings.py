@@ -16,11 +16,11 @@ from services.runtime.streams import connect
 PORTS = {
     "gateway": ("gateway_port",),
     "triton": ("triton_http_port", "triton_grpc_port", "triton_metrics_port"),
-    "vla": ("vla_port",),
+    "vla": ("vla_port", "vla_openpi_port", "vla_gr00t_port"),
     "simulator": ("simulator_port",),
     "prometheus": ("prometheus_port",),
 }
-"""The doors' ports by service; metrics ports are METRICS_PORTS."""
+"""The doors' ports by service, 0 for a door that is off; metrics ports are METRICS_PORTS."""
 
 
 class CliSettings(CommonSettings):
@@ -32,6 +32,8 @@ class CliSettings(CommonSettings):
     signing_key: SecretStr = Field(SecretStr(""), description="Ed25519 private key (PEM) that `world2act export` signs with")
     signing_key_file: Path | None = Field(None, description="file that holds the signing key instead")
     simulator_name: str = Field("metaworld", description="which simulator: a name in services/simulator/envs")
+    vla_openpi_port: int = Field(0, description="the policy server's openpi door, if any")
+    vla_gr00t_port: int = Field(0, description="the policy server's GR00T door, if any")
     prometheus_port: int = Field(9090, description="where `world2act prometheus` serves")
     port_offset: int = Field(0, ge=0, le=15_000, description="`world2act` adds this to every default port, so that two can run")
     start_timeout_s: float = Field(300.0, gt=0, description="`world2act up` gives up when a service is not ready within this")
@@ -43,7 +45,7 @@ class CliSettings(CommonSettings):
 
     def shifted(self) -> Self:
         """A copy whose door ports and embedded Redis have their final ports."""
-        names = [name for group in PORTS.values() for name in group if name not in self.model_fields_set]
+        names = [name for group in PORTS.values() for name in group if name not in self.model_fields_set and getattr(self, name)]
         changes: dict[str, object] = {name: getattr(self, name) + self.port_offset for name in names}
         if "redis_url" not in self.model_fields_set and self.port_offset:
             changes["redis_url"] = f"redis://{self.host}:{6379 + self.port_offset}/0"

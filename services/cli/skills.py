@@ -1,6 +1,6 @@
 """`world2act build-skills`: demonstrations of any origin in, a data set of skills out, with what segmentation did to them.
 
-    <out>/clips/           the authors' layout, one mp4 a skill          (--formats clips)
+    <out>/clips/           the authors' layout, one mp4 a skill, demonstrations numbered through the source (--formats clips)
     <out>/lerobot/         LeRobot v3, skills as subtasks                (--formats lerobot)
     <out>/episodes.jsonl   one line an episode: its skills, or why it has none
     <out>/summary.json     counts, synchronisation rate, discard reasons, scores
@@ -20,7 +20,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +34,7 @@ from services.runtime.pool import default_workers, in_order
 from world2act import skillset
 from world2act.data.clip_folder import ClipFolderWriter
 from world2act.data.formats import FormatError, Source, open_source
+from world2act.data.robomimic import RobomimicSource
 from world2act.segmentation import Segmentation, summarise
 from world2act.segmentation.comparison import METHODS, MODEL
 from world2act.segmentation.llm import LLMAligner, LLMPlanner
@@ -57,7 +57,7 @@ class BuildSettings:
     out: Path
     """Folder to make."""
     split: tyro.conf.EnumChoicesFromValues[Split] | None = None
-    """What the data may be used for. Our own files say it; of others you must."""
+    """What the data may be used for. Our own files say it, and of several splits this one is taken; of others you must say it."""
     source_format: str | None = None
     """By default the format is detected."""
     formats: tuple[Literal["clips", "lerobot"], ...] = ("clips",)
@@ -97,10 +97,11 @@ def make_model() -> Model:
 
 
 def start_cutting(
-    source: Source, recipe: Recipe, options: dict[str, Any], model: Callable[[], Model] | None
+    source: Source, recipe: Recipe, numbers: dict[str, int], options: dict[str, Any], model: Callable[[], Model] | None
 ) -> Callable[[str], Record]:
-    """What a worker process does with a key."""
-    return partial(skillset.cut, source, recipe=recipe, model=model() if model else None, **options)
+    """What a worker process does with a key. numbers: each key's place in the source."""
+    planned = model() if model else None
+    return lambda key: skillset.cut(source, key, recipe, number=numbers[key], model=planned, **options)
 
 
 def check(settings: BuildSettings) -> None:
@@ -175,7 +176,7 @@ def cut_all(settings: BuildSettings, source: Source, recipe: Recipe, folder: Pat
         "by_model": settings.planner == "llm",
     }
     asked = asked_model(settings)
-    arguments = (source, recipe, options, make_model if asked else None)
+    arguments = (source, recipe, {key: n for n, key in enumerate(keys)}, options, make_model if asked else None)
     if asked:
         progress.console.print(f"asking {asked} at {LLMSettings().llm_base_url}, in one process", highlight=False)
     with journal.open("a", encoding="utf-8") as lines:
@@ -216,7 +217,7 @@ def write_lerobot(settings: BuildSettings, source: Source, recipe: Recipe, folde
 
 def summary(settings: BuildSettings, folder: Path, refused: list[str], seconds: float) -> dict[str, Any]:
     """What the journal says, in numbers. JSON."""
-    skipped, unscored = [], 0
+    skipped, unscored, unknown = [], 0, 0
     scores: dict[str, Score] = {}
     skills: Counter[str] = Counter()
     for record in records(folder):
@@ -225,6 +226,7 @@ def summary(settings: BuildSettings, folder: Path, refused: list[str], seconds: 
             continue
         skills.update(s["prompt"] for s in record["segmentation"]["skills"])
         unscored += not record["scores"]
+        unknown += bool(record["segmentation"]["skills"]) and not record["understood"]
         for method, content in record["scores"].items():
             score = Score.from_json(content)
             scores[method] = scores[method] + score if method in scores else score
@@ -239,6 +241,7 @@ def summary(settings: BuildSettings, folder: Path, refused: list[str], seconds: 
         "skipped_first": [*skipped, *refused][:LISTED],
         "statistics": statistics.to_json(),
         "skills": dict(skills.most_common()),
+        "unknown": unknown,
         "unscored": unscored,
         "scores": {m: scores[m].to_json() if m in scores else missing[m] for m in METHODS} if settings.score else {},
     }
@@ -251,6 +254,8 @@ def build(settings: BuildSettings, console: Console) -> dict[str, Any]:
     started = time.monotonic()
     check(settings)
     source = open_source(settings.source, split=settings.split, format=settings.source_format)
+    if source.split is None and isinstance(source, RobomimicSource) and len(there := sorted({*source.splits.values()})) > 1:
+        raise ValueError(f"split: {source.path.name} holds episodes of {', '.join(there)}, which stay apart; name one of them")
     recipe = skillset.survey(source, settings.embodiment)
     if "lerobot" in settings.formats and recipe.calibration is None:
         raise ValueError("formats: LeRobot data sets need gripper widths, this source has none; write clips")

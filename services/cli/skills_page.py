@@ -76,6 +76,11 @@ def score_note(summary: Summary) -> str:
     )
 
 
+def unknown_note(summary: Summary) -> str:
+    """What is said of episodes whose instructions no row of schemas.json knows; empty where there are none."""
+    return f"Of {summary['unknown']:,} no schema row knows the instruction: cut by its verbs." if summary["unknown"] else ""
+
+
 def show(summary: Summary, console: Console) -> None:
     """The summary in a terminal."""
     counts = Table(title=f"Skills of {summary['source']} ({summary['format']})")
@@ -83,6 +88,8 @@ def show(summary: Summary, console: Console) -> None:
         counts.add_column(column, justify="right")
     counts.add_row(*count_row("", summary)[1:])
     console.print(counts)
+    if note := unknown_note(summary):
+        console.print(note, highlight=False)
     for reason, number in summary["statistics"]["discard_reasons"].items():
         console.print(f"discarded {number}: {reason}", highlight=False, markup=False, soft_wrap=True)
     if summary["scores"]:
@@ -142,7 +149,7 @@ def page(folder: Path, summary: Summary, data: figures.Lengths) -> str:
     numbers = frozenset(range(1, len(COUNT_HEADER)))
     lead = (
         f"{s['synced']:,} of {s['episodes']:,} episodes were cut into {s['clips']:,} skills: synchronisation rate "
-        f"{percent(s['sync_rate'])}. {summary['skipped']} could not be read. Paper: {PAPER}."
+        f"{percent(s['sync_rate'])}. {unknown_note(summary)} {summary['skipped']} could not be read. Paper: {PAPER}."
     )
     parts = [
         f"<section><p class=big>{text(lead)}</p>{table(COUNT_HEADER, [count_row(summary['source'], summary)], numbers)}"

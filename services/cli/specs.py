@@ -88,7 +88,7 @@ def service_specs(settings: CliSettings) -> list[ServiceSpec]:
     redis_first = tuple(spec.name for spec in first)
 
     def python(name: str, *module: str, after: tuple[str, ...] = (), stage: int = 1) -> ServiceSpec:
-        ports = {getattr(settings, port): f"W2A_{port.upper()}" for port in PORTS.get(name, ())}
+        ports = {getattr(settings, port): f"W2A_{port.upper()}" for port in PORTS.get(name, ()) if getattr(settings, port)}
         if name == "triton":
             ready = http_ready(f"http://{settings.host}:{settings.triton_http_port}/v2/health/ready")
         else:

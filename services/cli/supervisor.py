@@ -90,10 +90,15 @@ def port_owner(port: int) -> str:
 
 
 def busy_ports(specs: Iterable[ServiceSpec], host: str) -> list[str]:
-    """One sentence for each port that cannot be bound."""
+    """One sentence for each port that cannot be bound, or that two services want."""
     found = []
+    wanted: dict[int, str] = {}
     for spec in specs:
         for port, setting in spec.ports.items():
+            mine = f"{spec.name} ({setting})"
+            if (first := wanted.setdefault(port, mine)) != mine:
+                found.append(f"port {port} is wanted by {first} and by {mine}: give one of them another")
+                continue
             with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as s:
                 s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 try:

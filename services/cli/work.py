@@ -23,29 +23,34 @@ def segment(
     demo: str | None,
     planner: str = "rule",
     episode: str | None = None,
+    embodiment: str | None = None,
 ) -> Result:
     """Skills of an instruction, of an uploaded file, or of data in the gateway's data folder; waits for a slow one."""
     if [instruction, file, episode].count(None) != 2:
         raise CliError("segment: give an instruction, or --file, or --episode")
+    asked = {"instruction": instruction, "episode": episode, "demo": demo, "planner": planner, "embodiment": embodiment}
+    asked = {key: value for key, value in asked.items() if value is not None}
     if file is None:
-        asked = {"instruction": instruction, "episode": episode, "demo": demo, "planner": planner}
-        found = gateway.call("POST", "/segment", json={key: value for key, value in asked.items() if value is not None})
+        found = gateway.call("POST", "/segment", json=asked)
     else:
         try:
             with file.open("rb") as f:
-                form = {"planner": planner, **({"demo": demo} if demo else {})}
-                found = gateway.call("POST", "/segment", files={"file": (file.name, f)}, data=form)
+                found = gateway.call("POST", "/segment", files={"file": (file.name, f)}, data=asked)
         except OSError as error:
             raise CliError(f"{file}: {error.strerror}") from None
     if "events" in found and "job" in found:
         found = gateway.follow(found["id"], console, "segment")["result"]
-    return dict(found)
+    return {"instruction": instruction, **found}
 
 
 def show_segments(result: Result, console: Console) -> None:
     """Prompts, or a row for each episode."""
+    from world2act.skillset import understood
+
     if result.get("skills"):
         console.print("; ".join(result["skills"]))
+        if result.get("instruction") and not understood(result["task"], result["instruction"]):
+            console.print(unknown(result["skills"]), highlight=False)
     if not result.get("episodes"):
         return
     table = Table(box=None, pad_edge=False)
@@ -53,27 +58,38 @@ def show_segments(result: Result, console: Console) -> None:
         table.add_column(name)
     for e in result["episodes"]:
         skills = "; ".join(f"{s['prompt']} ({s['start']}-{s['end']})" for s in e["skills"])
-        verdict = f"discarded: {e['discarded']}" if e["discarded"] else "kept"
+        known = understood(e["task"], e["instruction"])
+        verdict = f"discarded: {e['discarded']}" if e["discarded"] else "kept" if known else f"kept; {unknown(e['skills'])}"
         table.add_row(e["demo"] or "-", e["instruction"], skills or "-", verdict)
     for s in result.get("skipped", []):
         table.add_row(s["demo"], "-", "-", f"not readable: {s['reason']}")
     console.print(table)
 
 
+def unknown(skills: list[Any]) -> str:
+    """What is said of an instruction that was cut into `skills` without a row of schemas.json."""
+    return f"no schema row knows the instruction ({'one skill' if len(skills) == 1 else f'{len(skills)} skills, by its verbs'})"
+
+
 def show_rollouts(result: Result, console: Console) -> None:
     """One row for each initial state."""
     table = Table(box=None, pad_edge=False)
-    for name in ("initial state", "skills", "outcome", "imagined video", "executed video"):
+    for name in ("initial state", "skills", "outcome"):
         table.add_column(name, overflow="fold")
     for r in result.get("rollouts", [result]):
         outcome = "-" if "success" not in r else f"{'success' if r['success'] else 'no success'}, {r['chunks']} chunks"
         skills = "; ".join(r.get("skills", [])) or "-"
-        table.add_row(str(r.get("index")), skills, outcome, _url(r.get("imagined_video")), _url(r.get("executed_video")))
+        table.add_row(str(r.get("index")), skills, outcome)
     console.print(table)
 
 
-def _url(artifact: str | None) -> str:
-    return f"/artifacts/{artifact}" if artifact else "-"
+def show_videos(result: Result, url: str, console: Console) -> None:
+    """Where the gateway at `url` serves them: a line each, whole however narrow the terminal."""
+    for r in result.get("rollouts", [result]):
+        for kind in ("imagined", "executed"):
+            if artifact := r.get(f"{kind}_video"):
+                line = f"{kind} video of initial state {r['index']}: {url}/artifacts/{artifact}"
+                console.print(line, soft_wrap=True, highlight=False)
 
 
 def rate(cell: dict[str, Any]) -> str:
@@ -164,6 +180,8 @@ def finish(gateway: Gateway, console: Console, kind: str, job: str) -> Result:
     ended = gateway.follow(job, console, f"{kind} {job}", round_line(console))
     result = dict(ended.get("result") or {})
     SHOW.get(kind, show_json)(result, console)
+    if kind in ("rollout", "imagine"):
+        show_videos(result, gateway.url, console)
     return result
 
 

@@ -29,6 +29,7 @@ from services.runtime.telemetry import HEARTBEAT_SECONDS, Check, heartbeats, red
 
 SEGMENT_TASK, SEGMENT_QUEUE = "world2act.segment", "segment"
 LOAD_SECONDS = 60.0
+REFUSED = (grpc.StatusCode.DATA_LOSS, grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.INVALID_ARGUMENT)
 WORKERS, SILENT_S = ("segmenter", "worldmodel", "rollout", "trainer"), 5 * HEARTBEAT_SECONDS
 STREAMS = (messages.JOBS, messages.ROLLOUT_REQUESTS, messages.IMAGINE_REQUESTS)
 
@@ -149,7 +150,7 @@ class Doors:
                 try:
                     PolicyStub(channel).Load(request, timeout=LOAD_SECONDS)  # type: ignore[no-untyped-call]
                 except grpc.RpcError as error:
-                    if error.code() in (grpc.StatusCode.DATA_LOSS, grpc.StatusCode.INVALID_ARGUMENT):
+                    if error.code() in REFUSED:
                         raise invalid("file", str(error.details()).removeprefix(f"{name}: ")) from None
                     reason = f"at {address} does not answer" if error.code() == grpc.StatusCode.UNAVAILABLE else "failed"
                     raise ProblemError(503, f"vla {reason}; try again", service="vla") from None

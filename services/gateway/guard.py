@@ -58,7 +58,8 @@ class Guard:
 
     def _refusal(self, scope: Scope, headers: dict[str, str]) -> ProblemError | None:
         if self.token and scope["path"] not in OPEN and not self._known(headers.get("authorization", "")):
-            return ProblemError(401, "this gateway wants its token: Authorization: Bearer <W2A_GATEWAY_TOKEN>")
+            wanted = "Authorization: Bearer <W2A_GATEWAY_TOKEN>, or in a browser any user name with the token as password"
+            return ProblemError(401, f"this gateway wants its token: {wanted}")
         origin = headers.get("origin")  # a web page of another site must not post to a door on loopback
         if origin and scope["method"] not in ("GET", "HEAD") and urlsplit(origin).netloc != headers.get("host"):
             return ProblemError(403, f"requests from pages of {origin[:100]} are not accepted")

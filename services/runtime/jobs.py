@@ -17,6 +17,7 @@ from services.runtime.streams import publish
 Status = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 ENDED = ("succeeded", "failed", "cancelled")
 KEEP_SECONDS = 30 * 24 * 3600
+WAIT_SECONDS = 120
 EVENTS = 20_000
 """About so many of a job are kept."""
 
@@ -129,6 +130,17 @@ class JobStore:
 
     def cancelled(self, job: str) -> bool:
         return bool(self.client.exists(f"{self._key(job)}:cancel"))
+
+    def waits(self, job: str, reason: str = "") -> None:
+        """Say what an episode of the job waits for, or that it goes on; forgotten by itself where nobody waits any more."""
+        if reason:
+            self.client.set(f"{self._key(job)}:waits", reason[:300], ex=WAIT_SECONDS)
+        else:
+            self.client.delete(f"{self._key(job)}:waits")
+
+    def waits_for(self, job: str) -> str:
+        """What an episode of the job waits for; empty where all goes on."""
+        return str(self.client.get(f"{self._key(job)}:waits") or "")
 
     def raise_if_cancelled(self, job: str) -> None:
         if self.cancelled(job):

@@ -122,14 +122,23 @@ def redis_check(client: redis.Redis) -> Check:
 
 
 def start_heartbeat(client: redis.Redis, service: str, instance: str, stop: threading.Event) -> threading.Thread:
-    """Write the time to `w2a:heartbeat:<service>:<instance>` every two seconds: its age is the service's liveness."""
+    """Write the time to `w2a:heartbeat:<service>:<instance>` every two seconds: its age is the service's liveness.
+
+    Without Redis the service goes on; the log hears of it once, and again when Redis is back.
+    """
 
     def beat() -> None:
+        away = False
         while not stop.is_set():
             try:
                 client.set(f"w2a:heartbeat:{service}:{instance}", f"{time.time():.3f}", ex=3600)
+                if away:
+                    log.info("heartbeats are written again")
+                away = False
             except redis.exceptions.RedisError as error:
-                log.warning("heartbeat not written", error=str(error)[:200])
+                if not away:
+                    log.warning("heartbeats are not written", error=str(error)[:200])
+                away = True
             stop.wait(HEARTBEAT_SECONDS)
 
     thread = threading.Thread(target=beat, daemon=True, name="heartbeat")

@@ -276,7 +276,7 @@ def print_tallies(tallies: list[Tally], console: Console) -> None:
 
 def main() -> int:
     """Console entry."""
-    settings = tyro.cli(CollectSettings)
+    settings = tyro.cli(CollectSettings, prog="world2act demos")
     console = Console()
     try:
         print_tallies(collect(settings), console)

@@ -65,7 +65,9 @@ class JobContext:
             self.emitted.add((name, key))
 
     def progress(self, value: float, message: str) -> None:
-        """The job's progress in [0, 1] and what it is doing."""
+        """The job's progress in [0, 1] and what it is doing, or waits for."""
+        if reason := self.jobs.waits_for(self.id):
+            message = f"{message}, waits: {reason}"
         self.jobs.update(self.id, progress=round(min(max(value, 0.0), 1.0), 4), message=message)
 
 

@@ -126,4 +126,10 @@ class Policy:
         uri = self.artifact(namespace, version)
         if uri is None:
             raise ValueError(f"version: {version} of policy namespace {namespace[:80]!r} was never published")
-        self.stub.Load(policy_pb2.LoadRequest(namespace=namespace, version=version, uri=uri), timeout=SECONDS)
+        try:
+            self.stub.Load(policy_pb2.LoadRequest(namespace=namespace, version=version, uri=uri), timeout=SECONDS)
+        except grpc.RpcError as error:
+            if error.code() != grpc.StatusCode.FAILED_PRECONDITION:
+                raise
+            reason = f"version: {version} of policy namespace {namespace!r} does not fit: {error.details()}"
+            raise ValueError(f"{reason}; version 0 is the base alone") from None

@@ -132,6 +132,7 @@ class Coordinator:
             try:
                 recorded = self._attempt(request, version, worker + attempt)
                 metrics.EPISODE_SECONDS.observe(time.time() - started)
+                self.jobs.waits(request.job)
                 return started, recorded
             except grpc.RpcError as error:
                 broken += error.code() in BROKEN
@@ -140,6 +141,7 @@ class Coordinator:
                     raise
                 metrics.RETRIES.labels(error.code().name).inc()
                 log.info("episode waits for a door", code=error.code().name, details=str(error.details())[:200])
+                self.jobs.waits(request.job, f"{error.details()} ({error.code().name})")
                 attempt += 1
                 self.stop.wait(min(2.0, 0.1 * 2**attempt))
 

@@ -73,6 +73,8 @@ def serve(settings: VlaSettings) -> None:
     )
     http = serve_health("vla", settings, {"batcher": lambda: None if batcher.alive() else "the batcher thread has ended"})
     heart = start_heartbeat(connect(settings.redis_url, patient=False), "vla", settings.instance, stop)
+    if reason := engine.policy.away():
+        log.warning("no action until the base policy's server answers", reason=reason)
     log.info("serving", policy=engine.policy.spec.name, port=port, base=engine.policy.spec.hash[:12])
     stop.wait()
     log.info("stopping")

@@ -18,7 +18,7 @@ from services.vla.versions import Residual
 from services.vla.vision import Vision
 from world2act.bundle import ActionLayout, Bundle, Origin
 from world2act.models.adapters import Adapters
-from world2act.models.store import WeightsError
+from world2act.models.store import MismatchError, WeightsError
 from world2act.types import FloatArray
 
 log = structlog.get_logger()
@@ -131,7 +131,7 @@ class Engine:
         )
         names = (bundle.layout.names + ("?",) * spec.action_size)[: spec.action_size]  # a policy says limits, not names
         if difference := bundle.layout.difference(ActionLayout(names, spec.low, spec.high)):
-            raise WeightsError(f"{uri}: the residual's action layout {difference}")
+            raise MismatchError(f"{uri}: the residual's action layout {difference}")
         residual = Residual(version, uri, bundle)
         self._try(residual)
         return residual

@@ -90,11 +90,12 @@ def read_observations(observations: Sequence[policy_pb2.Observation], spec: Poli
 def _read_images(observation: policy_pb2.Observation, spec: PolicySpec, field: str) -> dict[str, ImageArray]:
     for camera in spec.cameras:
         if camera not in observation.images:
-            raise ValueError(f"{field}.images: camera {camera!r} is missing; needed are {', '.join(spec.cameras)}")
+            raise ValueError(f"{field}.images: camera {camera!r} is missing; needed are {', '.join(spec.cameras)}{_by(spec)}")
     images = {}
     for camera in sorted(observation.images):
         if camera not in spec.cameras:
-            raise ValueError(f"{field}.images: camera {camera[:80]!r} is unknown; needed are {', '.join(spec.cameras)}")
+            known = ", ".join(spec.cameras)
+            raise ValueError(f"{field}.images: camera {camera[:80]!r} is unknown; needed are {known}{_by(spec)}")
         name = f"{field}.images[{camera!r}]"
         image = from_tensor(observation.images[camera], name)
         if image.dtype != np.uint8:
@@ -103,6 +104,10 @@ def _read_images(observation: policy_pb2.Observation, spec: PolicySpec, field: s
             raise ValueError(f"{name}: shape must be ({spec.height}, {spec.width}, 3), got {image.shape}")
         images[camera] = image
     return images
+
+
+def _by(spec: PolicySpec) -> str:
+    return f" ({spec.table})" if spec.table else ""
 
 
 def _read_turn(observation: policy_pb2.Observation, field: str) -> Turn:
@@ -118,7 +123,7 @@ def check_state(state: npt.NDArray[Any], spec: PolicySpec, name: str) -> FloatAr
     if state.dtype != np.float32:
         raise ValueError(f"{name}: dtype must be float32, got {state.dtype}")
     if state.shape != (spec.state_size,):
-        raise ValueError(f"{name}: shape must be ({spec.state_size},), got {state.shape}")
+        raise ValueError(f"{name}: shape must be ({spec.state_size},){_by(spec)}, got {state.shape}")
     if not np.isfinite(state).all():
         raise ValueError(f"{name}: must be finite, got NaN or infinity at index {int(np.argmin(np.isfinite(state)))}")
     return state

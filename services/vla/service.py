@@ -21,6 +21,7 @@ from services.vla.batcher import Batcher
 from services.vla.engine import ActJob, Chunks, Engine
 from services.vla.observations import DEFAULT_NAMESPACE, read_namespace, read_observations
 from services.vla.versions import Versions
+from world2act.models.store import MismatchError
 
 log = structlog.get_logger()
 REQUESTS = prometheus_client.Counter("w2a_vla_requests_total", "Requests answered", ["method", "code"])
@@ -117,6 +118,8 @@ class PolicyServicer(policy_pb2_grpc.PolicyServicer):
                 return policy_pb2.LoadReply(versions=self.versions.loaded(namespace))
             try:
                 residual = self.engine.check(self.artifacts.get(request.uri), request.version, request.uri)
+            except MismatchError as error:
+                raise RpcError(grpc.StatusCode.FAILED_PRECONDITION, str(error)) from None
             except (ArtifactError, ValueError) as error:
                 raise RpcError(grpc.StatusCode.DATA_LOSS, str(error)) from None
             versions = self.versions.add(namespace, residual)

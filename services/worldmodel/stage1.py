@@ -9,6 +9,7 @@ The recipe is world2act/stage1.py's. Latents of all clips are held in memory (fl
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -80,14 +81,16 @@ def run(arguments: Arguments, settings: WorldModelSettings, progress: Progress =
     trained, history = stage1.train(data, recipe, arguments.seed, lambda i, n, values: progress("Stage 1", i, n, values))
     held = arguments.held_out or (arguments.data if (arguments.data / Split.VALIDATION.value).is_dir() else None)
     metrics: dict[str, float] = {}
+    note = ""
     if held is not None:
         unseen = stage1.build_data(model, clips(held, Split.VALIDATION, 1), recipe.horizon, arguments.seed, one_step)
-        metrics = stage1.evaluate(trained, unseen)
+        metrics, note = stage1.evaluate(trained, unseen), stage1.unmeasured(len(unseen))
     card = {
         "what": f"Stage 1 adapters on {backbone.info.name} ({arguments.latents} latents)",
         "data": f"{len(data)} skill clips",
         "settings": asdict(replace(recipe, adapters=trained.settings)),
         "metrics": metrics,
+        "note": note,
         "loss": history[-1]["loss"],
         "seconds": {"latents": round(built - began, 1), "all": round(time.perf_counter() - began, 1)},
     }
@@ -114,6 +117,8 @@ def main() -> None:
     except (ValueError, OSError, RuntimeError) as error:
         raise SystemExit(f"error: {' '.join(str(error).split())[:1000]}") from None
     print(json.dumps({name: card[name] for name in ("data", "metrics", "loss", "seconds")}, indent=2))
+    if card["note"]:
+        print(card["note"], file=sys.stderr)
 
 
 if __name__ == "__main__":

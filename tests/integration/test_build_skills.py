@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -111,6 +112,47 @@ def test_a_killed_run_leaves_no_process_and_resumes_to_the_same_bytes(tmp_path: 
     assert run(monkeypatch, *options, "--out", tmp_path / "again", "--cue", "visual", "--resume") == 2, "not with other options"
     assert run(monkeypatch, *options, "--out", tmp_path / "again", "--resume") == 0
     assert contents(tmp_path / "again") == contents(tmp_path / "whole")
+
+
+def test_clips_of_several_files_of_one_task_keep_names_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = many(tmp_path / "source", 2)
+    for copy in ("again", "more/again"):
+        (source / copy).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / "pick_0_demo.hdf5", source / f"{copy}.hdf5")
+    assert run(monkeypatch, "--source", source, "--out", tmp_path / "out", "--split", "base", "--workers", 2) == 0
+    clips = open_source(tmp_path / "out/clips", split=Split.BASE)
+    found = [e for e in clips.episodes() if isinstance(e, Episode)]
+    assert len(list((tmp_path / "out/clips/videos").iterdir())) == summary(tmp_path / "out")["statistics"]["clips"] == 12
+    assert [e.index for e in found] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5], "numbered through the source, not by file"
+
+
+def test_instructions_that_no_row_knows_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    worlds = [replace(world(i), instruction=text) for i, text in enumerate((PICK, "dance the tango"))]
+    foreign.write_libero(tmp_path, worlds)
+    for i in range(2):
+        with h5py.File(tmp_path / f"pick_{i}_demo.hdf5", "a") as file:
+            file["data"].attrs["bddl_file_name"] = f"dance_{i}.bddl"
+    options = ["--source", tmp_path, "--split", "base", "--formats", "--workers", 1, "--out", tmp_path / "out"]
+    assert run(monkeypatch, *options) == 0
+    assert summary(tmp_path / "out")["statistics"]["synced"] == 2 and summary(tmp_path / "out")["unknown"] == 1
+    assert "Of 1 no schema row knows the instruction" in capsys.readouterr().out
+
+
+def test_splits_stay_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for split, episodes in (("base", 1), ("worldmodel", 2)):
+        (tmp_path / "demos" / split).mkdir(parents=True)
+        foreign.write_own(tmp_path / "demos" / split, [world(i) for i in range(episodes)])
+    with h5py.File(tmp_path / "demos/base/own.hdf5", "a") as file:
+        file["data"].attrs["split"] = "base"
+    options = ["--source", tmp_path / "demos", "--workers", 1]
+    assert run(monkeypatch, *options, "--out", tmp_path / "both") == 2
+    assert "split: demos holds episodes of base, worldmodel, which stay apart; name one of them" in capsys.readouterr().err
+    assert run(monkeypatch, *options, "--out", tmp_path / "one", "--split", "worldmodel", "--formats", "clips", "lerobot") == 0
+    keys = [record["key"] for record in skills.records(tmp_path / "one")]
+    assert keys == ["worldmodel/own.hdf5:demo_0", "worldmodel/own.hdf5:demo_1"]
+    assert json.loads((tmp_path / "one/lerobot/meta/info.json").read_text())["total_episodes"] == 2
+    assert run(monkeypatch, *options, "--out", tmp_path / "none", "--split", "tuning") == 2
+    assert "takes episodes of split tuning only, got base" in capsys.readouterr().err
 
 
 def with_truth(folder: Path) -> Path:

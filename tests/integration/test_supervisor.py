@@ -14,8 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from services.cli.specs import ServiceSpec, http_ready
-from services.cli.supervisor import Supervisor, SupervisorError, read_state
+from services.cli.settings import CliSettings
+from services.cli.specs import ServiceSpec, http_ready, service_specs
+from services.cli.supervisor import Supervisor, SupervisorError, busy_ports, read_state
 from tests.processes import free_port, wait_for
 
 pytestmark = pytest.mark.integration
@@ -111,6 +112,16 @@ def test_busy_port_is_named_with_its_owner_before_anything_starts(tmp_path: Path
     other = Supervisor([spec(tmp_path, "other")], tmp_path / "run")
     with Supervisor([good], tmp_path / "run"), pytest.raises(SupervisorError, match="already run"):  # the folder is free again
         other.start()
+
+
+def test_a_port_that_two_services_want_is_named_with_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("W2A_VLA_OPENPI_PORT", "8000")
+    monkeypatch.setenv("W2A_PORT_OFFSET", "0")
+    both = "port 8000 is wanted by triton (W2A_TRITON_HTTP_PORT) and by vla (W2A_VLA_OPENPI_PORT): give one of them another"
+    assert both in busy_ports(service_specs(CliSettings.load()), "127.0.0.1")
+    monkeypatch.setenv("W2A_PORT_OFFSET", "1000")
+    shifted = {spec.name: spec.ports for spec in service_specs(CliSettings.load())}
+    assert shifted["vla"][8000] == "W2A_VLA_OPENPI_PORT" and len(shifted["vla"]) == 3, "set by hand; the other door is off"
 
 
 def test_service_that_cannot_start_ends_the_start_with_its_last_words(tmp_path: Path) -> None:

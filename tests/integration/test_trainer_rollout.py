@@ -24,6 +24,7 @@ from services.runtime.messages import (
 from services.runtime.rpc import start_server
 from services.runtime.streams import connect, publish, read_all
 from services.trainer.consume import KeptConsumer, StoppingError
+from services.trainer.context import JobContext
 from services.trainer.doors import Simulator
 from services.trainer.ledger import Ledger
 from services.trainer.rollout import Coordinator, Lease
@@ -142,6 +143,10 @@ def test_the_newest_version_is_pinned_and_loaded_on_demand(rig: Rig) -> None:
     missing = rig.run(id="e2", namespace="ns", version=9)
     assert "version: 9" in missing.error and "never published" in missing.error
     assert rig.run(id="e3", namespace="empty", version=-1).version == 0
+    rig.policy.refuses = "the residual was trained beside base policy f091, but the one in use is 84fb"
+    refused = rig.run(id="e4", namespace="ns", version=1)
+    fits = f"version: 1 of policy namespace 'ns' does not fit: {rig.policy.refuses}; version 0 is the base alone"
+    assert refused.error == fits and rig.run(id="e5", namespace="ns", version=0).success
 
 
 def test_video_shows_every_frame(rig: Rig) -> None:
@@ -176,12 +181,18 @@ def test_an_episode_survives_doors_that_are_away(valkey: redis.Redis, tmp_path: 
     sim, _, _ = start_server(lambda s: add_SimulatorServicer_to_server(simulator, s), f"127.0.0.1:{sim_port}")
     wait_for(lambda: simulator.resets > 0, 10, "the coordinator found the simulator")
     assert not list(read_all(valkey, trajectories("job"), RolloutResult)), "without a policy there is no result"
+    wait_for(lambda: str(vla_port) in coordinator.jobs.waits_for("job"), 10, "the job says what it waits for")
+    job = coordinator.jobs.create("rollout", {})
+    valkey.rename("w2a:job:job:waits", f"w2a:job:{job.id}:waits")
+    JobContext(job.id, settings, valkey, threading.Event()).progress(0.0, "0 of 1")
+    told = coordinator.jobs.get(job.id)
+    assert told is not None and told.message.startswith("0 of 1, waits: ") and told.message.endswith("(UNAVAILABLE)")
     vla, _, _ = start_server(lambda s: add_PolicyServicer_to_server(FakePolicy(), s), f"127.0.0.1:{vla_port}")
     thread.join(20)
     sim.stop(0).wait()
     vla.stop(0).wait()
     (_, result) = next(read_all(valkey, trajectories("job"), RolloutResult))
-    assert result.success and not result.error
+    assert result.success and not result.error and not coordinator.jobs.waits_for("job")
 
 
 def test_stopping_and_cancelling_end_a_wait(valkey: redis.Redis, tmp_path: Path) -> None:

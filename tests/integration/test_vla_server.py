@@ -143,15 +143,16 @@ def test_hot_reload_under_fire(server: VlaProcess) -> None:
 
 
 def test_bundles_that_do_not_belong_here_are_refused(server: VlaProcess) -> None:
-    def refused(content: bytes) -> str:
+    def refused(content: bytes, expected: Code = Code.DATA_LOSS) -> str:
         uri = server.artifacts.put(content, "safetensors")
         code, words = failure(lambda: server.load(1, uri, "refused"))
-        assert code == Code.DATA_LOSS
+        assert code == expected
         return words
 
     bundle, other = make_bundle(server.origin, 1), "f" * 64
     for part, name in (("base", "base policy"), ("worldmodel", "world model"), ("adapters", "adapters")):
-        words = refused(replace(bundle, origin=replace(server.origin, **{part: other})).to_bytes())
+        foreign = replace(bundle, origin=replace(server.origin, **{part: other}))
+        words = refused(foreign.to_bytes(), Code.FAILED_PRECONDITION)
         assert f"trained beside {name} {other[:12]}, but the one in use is {getattr(server.origin, part)[:12]}" in words
     tensors, metadata, _ = store.parse(bundle.to_bytes(), "residual", "bundle")
     assert "missing statistics: actions.mean" in refused(
@@ -161,7 +162,7 @@ def test_bundles_that_do_not_belong_here_are_refused(server: VlaProcess) -> None
         store.to_bytes({k: v for k, v in tensors.items() if k != "state_std"}, metadata)
     )
     assert "action layout has dx in [-2, 2]" in refused(
-        make_bundle(server.origin, 1, layout=ActionLayout(low=(-2.0,) * 4, high=(2.0,) * 4)).to_bytes()
+        make_bundle(server.origin, 1, layout=ActionLayout(low=(-2.0,) * 4, high=(2.0,) * 4)).to_bytes(), Code.FAILED_PRECONDITION
     )
     assert "not a safetensors file" in refused(bundle.to_bytes()[:1000])
     assert "kind must be 'residual'" in refused((server.zoo / "base.safetensors").read_bytes())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import io
 import json
 import threading
@@ -80,6 +81,8 @@ def test_redis_elsewhere_is_not_started(monkeypatch: pytest.MonkeyPatch) -> None
         (["segment", "open the drawer"], ("gateway", "does not answer", "world2act up")),
         (["status"], ("gateway", "does not answer")),
         (["segment"], ("instruction", "--file")),
+        (["posttrain"], ("tasks: name at least one",)),
+        (["evaluate"], ("tasks: name at least one",)),
         (["segment", "--file", "/nowhere.hdf5"], ("/nowhere.hdf5", "No such file")),
         (["report", "--record", "/nowhere.json"], ("/nowhere.json",)),
     ],
@@ -110,6 +113,17 @@ def test_every_command_has_help(name: str, capsys: Any, monkeypatch: pytest.Monk
         with pytest.raises(SystemExit) as ended:
             main.main([name, "--help"])
         assert ended.value.code == 0 and f"world2act {name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["demos", "train-worldmodel", "train-base", "stage1", "diagnose"])
+def test_programs_are_called_as_world2act_calls_them(name: str, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["program.py", "--help"])
+    with pytest.raises(SystemExit):
+        importlib.import_module(main.MODULES[name]).main()
+    told = capsys.readouterr().out
+    assert f"usage: world2act {name}" in told
+    assert (f"world2act {name} --backbone NAME --help" in told) == (name in ("train-worldmodel", "stage1"))
+    assert ("ratio: imagined / base" in " ".join(told.split())) == (name == "diagnose")
 
 
 class Answers:
@@ -168,6 +182,25 @@ def test_parse_events_joins_lines_and_skips_comments() -> None:
     assert list(parse_events(iter(lines))) == [("4", "metrics", {"a": 1}), ("4", "message", {})]
 
 
+def test_segment_names_the_hand_and_says_what_no_row_knows(tmp_path: Path) -> None:
+    whole = {"prompt": "x", "start": 0, "end": 32}
+    texts = {"dance the tango": [whole], "dance, then open the drawer": [whole, whole], "open the drawer": [whole]}
+    cut = [{"demo": "d", "task": None, "instruction": t, "skills": s, "discarded": None} for t, s in texts.items()]
+    (tmp_path / "a.hdf5").write_bytes(b"file")
+    answers = [{"task": None, "skills": ["dance the tango"], "episodes": []}, {"task": None, "skills": None, "episodes": cut}]
+    answer = Answers(**{"POST /segment": lambda request: httpx.Response(200, json=answers.pop(0))})
+    out = io.StringIO()
+    with gateway(answer) as g:
+        for asked in ({"instruction": "dance the tango", "file": None}, {"instruction": None, "file": tmp_path / "a.hdf5"}):
+            found = work.segment(g, Console(), demo=None, embodiment="panda", **cast(Any, asked))
+            work.show_segments(found, Console(file=out, width=200))
+    assert json.loads(answer.calls[0].content) == {"instruction": "dance the tango", "planner": "rule", "embodiment": "panda"}
+    assert b'name="embodiment"\r\n\r\npanda' in answer.calls[1].content
+    lines = [line.rstrip() for line in out.getvalue().splitlines()]
+    assert lines[1] == "no schema row knows the instruction (one skill)" and lines[3].endswith("kept; " + lines[1])
+    assert lines[4].endswith("kept; no schema row knows the instruction (2 skills, by its verbs)") and lines[5].endswith(" kept")
+
+
 def test_evaluate_takes_the_newest_run_and_prints_its_table() -> None:
     cell = {"rate": 0.5, "low": 0.2, "high": 0.8, "n": 4, "successes": 2}
     row = {
@@ -196,6 +229,19 @@ def test_evaluate_takes_the_newest_run_and_prints_its_table() -> None:
     assert json.loads(answers.calls[1].content)["namespace"] == "n"
     for text in ("reach", "0.50 [0.20, 0.80]", "1.00", "+0.50 [+0.10, +0.90]", "+2 / -0", "n/2 against base"):
         assert text in out.getvalue()
+
+
+def test_links_of_videos_are_whole_in_a_narrow_terminal() -> None:
+    name = f"sha256-{'a' * 64}.mp4"
+    rollout = {"index": 3, "skills": ["reach it"], "success": True, "chunks": 9, "imagined_video": name, "executed_video": ""}
+    answers = Answers(
+        **{"GET /jobs/r/events": stream(("1-0", "end", {"status": "succeeded", "result": {"rollouts": [rollout]}}))}
+    )
+    out = io.StringIO()
+    with gateway(answers) as g:
+        work.finish(g, Console(file=out, width=80), "rollout", "r")
+    videos = [line for line in out.getvalue().splitlines() if "video" in line]
+    assert videos == [f"imagined video of initial state 3: http://gateway/artifacts/{name}"]
 
 
 def test_export_writes_the_bundle_whole_or_not_at_all(tmp_path: Path) -> None:

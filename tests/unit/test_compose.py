@@ -53,6 +53,8 @@ ELSEWHERE = {
         "signing_key_file",
         "prometheus_port",
         "simulator_name",
+        "vla_openpi_port",
+        "vla_gr00t_port",
     },
 }
 """Settings of a class that its container neither needs nor may change."""

@@ -83,11 +83,14 @@ def test_a_regime_that_is_unknown_or_not_built_is_one_line(
     assert error.startswith("error: ") and error.count("\n") == 1 and words in error and not list(tmp_path.iterdir())
 
 
-def test_what_is_found_is_kept_with_the_weights_it_was_found_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_found_is_kept_with_the_weights_it_was_found_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     numbers = {key: [0.5, 0.1, 0.25, 1.0, 1.0, 1.0, 0.6] for key in ("push", diagnose.ALL)}
     monkeypatch.setattr(diagnose, "measure", lambda paths, episodes, demos: numbers if (episodes, demos) == (3, None) else None)
     monkeypatch.setattr(sys, "argv", ["diagnose", "--regimes", "shipped", "--episodes", "3", "--out", str(tmp_path)])
     assert diagnose.main() == 0
+    assert "gained below 0.75 and did harm from 0.98 on" in " ".join(capsys.readouterr().out.split())
     (kept,) = diagnose.read(tmp_path).values()
     assert kept["weights"] == {part: hashlib.sha256(Path(f"zoo/{part}.safetensors").read_bytes()).hexdigest() for part in PARTS}
     assert kept["rows"] == numbers and kept["columns"] == list(diagnose.COLUMNS) and kept["episodes"] == 3

@@ -20,7 +20,7 @@ from openpi_client.websocket_client_policy import WebsocketClientPolicy
 
 from services.runtime.rpc import RpcError
 from services.vla.engine import ActJob, Engine
-from services.vla.observations import Observations
+from services.vla.observations import Observations, check_state
 from services.vla.policies import base, elsewhere
 from services.vla.policies.base import BasePolicy
 from services.vla.settings import VlaSettings
@@ -58,6 +58,20 @@ def refused(policy: BasePolicy, code: Code, *words: str) -> None:
     assert caught.value.code == code, caught.value
     for word in (f"policy {policy.spec.name} at 127.0.0.1:", *words):
         assert word in str(caught.value), caught.value
+
+
+def test_a_server_that_is_away_is_said_at_the_start() -> None:
+    for name in NAMES:
+        with pair(name) as (policy, _):
+            assert policy.away() == ""
+        reason = base.make(VlaSettings(vla_policy=name, vla_remote="127.0.0.1:9", vla_layout="libero")).away()
+        assert reason.startswith(f"policy {name} at 127.0.0.1:9: cannot be reached"), reason
+
+
+def test_an_observation_of_another_robot_names_the_table() -> None:
+    spec = base.make(VlaSettings(vla_policy="openpi", vla_remote="127.0.0.1:9")).spec
+    with pytest.raises(ValueError, match=r"state: shape must be \(7,\) \(layout libero, W2A_VLA_LAYOUT\), got \(4,\)"):
+        check_state(np.zeros(4, np.float32), spec, "state")
 
 
 def test_libero_in_every_dialect() -> None:

@@ -9,6 +9,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -16,8 +17,9 @@ import redis
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from structlog.testing import capture_logs
 
-from services.runtime import rpc
+from services.runtime import rpc, telemetry
 from services.runtime.artifacts import ArtifactError, ArtifactStore, content_key
 from services.runtime.generated.tensor_pb2 import Tensor
 from services.runtime.jobs import JobStore
@@ -193,6 +195,25 @@ def test_health_readiness_and_heartbeat(valkey: redis.Redis) -> None:
         time.sleep(0.02)
     stop.set()
     assert heartbeats(valkey)["vla:0"] < 5
+
+
+def test_a_heartbeat_without_redis_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(telemetry, "HEARTBEAT_SECONDS", 0.01)
+    stop, tries = threading.Event(), list[int]()
+
+    class Client:  # no Redis, then one, then none
+        def set(self, *_: object, **__: object) -> None:
+            tries.append(0)
+            if not 5 <= len(tries) <= 8:
+                raise redis.exceptions.ConnectionError("refused")
+
+    with capture_logs() as logs:
+        thread = start_heartbeat(cast(redis.Redis, Client()), "vla", "0", stop)
+        while len(tries) < 12:
+            time.sleep(0.01)
+        stop.set()
+        thread.join()
+    assert [entry["log_level"] for entry in logs] == ["warning", "info", "warning"]
 
 
 def test_a_name_stands_for_all_its_replicas(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,6 +150,12 @@ def test_hard_negatives_share_a_skill():
         assert (skills[rows] == anchor).sum() == 4
 
 
+def test_too_few_clips_to_retrieve_among_are_said():
+    assert stage1.unmeasured(10) == "retrieval needs 16 held-out clips, there are 10" and not stage1.unmeasured(16)
+    assert np.isnan(stage1.retrieval(torch.eye(15), torch.zeros(15), 0))
+    assert stage1.retrieval(torch.eye(16), torch.zeros(16), 0) == 1
+
+
 def test_retrieval_of_chance_and_of_identity():
     scores = torch.eye(40)
     assert stage1.retrieval(scores, torch.zeros(40), 0) == 1.0

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import tyro
 
-from world2act import worldmodel_metrics, worldmodel_training
+from world2act import stage1, worldmodel_metrics, worldmodel_training
 from world2act.behaviour_cloning import Settings, samples_of, shifted, train, train_base
+from world2act.console import command_line
 from world2act.data.clips import CutEpisode, LatentBank
 from world2act.data.robomimic import EpisodeWriter
 from world2act.models.tiny_policy import TinyPolicy, TinyPolicyConfig
@@ -172,6 +175,26 @@ def write_demonstrations(root: Path, split: Split, task: str = "reach") -> None:
             writer.write(e)
 
 
+def test_a_cards_command_line_gives_the_same_settings() -> None:
+    settings = worldmodel_training.Settings(
+        demos=Path("my data"),
+        out=Path("zoo/w.safetensors"),
+        seed=3,
+        tasks=("push", "reach"),
+        segmented=False,
+        split=Split.BASE,
+        noise_scale=0.5,
+        vae=VAESettings(steps=7, rate=1e-4),
+        transformer=TransformerSettings(steps=9),
+    )
+    line = shlex.split(command_line("world2act train-worldmodel", settings))
+    assert line[:4] == ["world2act", "train-worldmodel", "--demos", "my data"] and len(line) == 22
+    config = (tyro.conf.EnumChoicesFromValues,)
+    assert tyro.cli(worldmodel_training.Settings, args=line[2:], config=config) == settings
+    one = stage1.Arguments(demos=Path("d"), worldmodel=Path("w"), out=Path("o"), steps=5)
+    assert command_line("world2act stage1", one) == "world2act stage1 --demos d --worldmodel w --out o --steps 5"
+
+
 def test_whole_recipes_write_weights_and_cards(tmp_path: Path) -> None:
     for split in (Split.WORLDMODEL, Split.VALIDATION, Split.BASE):
         write_demonstrations(tmp_path, split)
@@ -191,9 +214,12 @@ def test_whole_recipes_write_weights_and_cards(tmp_path: Path) -> None:
     elsewhere = replace(settings, out=tmp_path / "wide.safetensors", split=Split.BASE, limit=1, more=tmp_path / "more")
     wide = worldmodel_training.train_worldmodel(elsewhere)
     card = (tmp_path / "wide.md").read_text()
-    assert wide.card["data"]["tasks"] == {"hammer": 2, "reach": 1} and "--split base --limit 1 --more more`" in card
+    assert wide.card["data"]["tasks"] == {"hammer": 2, "reach": 1} and "scripted" not in card
+    command = f"world2act train-worldmodel --demos {tmp_path.name} --out wide.safetensors --limit 1 --split base --more more "
+    assert command + "--probe-steps 2 --vae.steps 1 --vae.batch 2 --vae.normalising-windows 4 --transformer.steps 2 " in card
     assert str(tmp_path) not in card, "no path of this machine"
     assert not list(tmp_path.glob("*.vae.safetensors"))
     policy = train_base(Settings(demos=tmp_path, out=tmp_path / "base.safetensors", steps=2, per_task=1))
     assert TinyPolicy.load(tmp_path / "base.safetensors").hash == policy.hash
+    assert "train-base --demos " in (card := (tmp_path / "base.md").read_text()) and "--per-task 1 --steps 2`" in card
     assert policy.card["data"] == {"split": "base", "tasks": {"reach": 1}, "samples": 5}

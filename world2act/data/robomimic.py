@@ -159,7 +159,9 @@ def read_root(root: Path, *, allowed: Collection[Split], tasks: Collection[str] 
 
 
 class RobomimicSource(Hdf5Source):
-    """Our own files as a `Source`. They say their split; one that the caller gives must be it (LeakageError)."""
+    """Our own files as a `Source`. They say their split: of a folder that holds several, the one that the caller gives is read.
+    Where no file is of that split, reading raises LeakageError.
+    """
 
     name = "world2act"
     signs = "HDF5 whose /data has the attributes split and env_args"
@@ -176,6 +178,22 @@ class RobomimicSource(Hdf5Source):
             with suppress(FormatError):
                 return str(read_env_args(path)["simulator"])
         return self.name
+
+    @cached_property
+    def splits(self) -> dict[Path, str]:
+        """File -> its split, of all files that can be read."""
+        found = {}
+        for path in hdf5.files(self.path):
+            with suppress(FormatError), hdf5.open_file(path) as file:
+                found[path] = str(hdf5.attr(hdf5.item(file, "data", h5py.Group, path), "split", path))
+        return found
+
+    def keys(self) -> Iterator[str]:
+        there = self.splits if self.split is not None else {}
+        others = {path for path, split in there.items() if split != self.split} if self.split in there.values() else set()
+        for key in super().keys():  # noqa: SIM118  (a Source, no mapping)
+            if self.path / key.partition(":")[0] not in others:
+                yield key
 
     def _demo(self, group: h5py.Group, path: Path, images: bool) -> Episode:
         env_args = _env_args(group.file, path)

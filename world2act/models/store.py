@@ -28,6 +28,10 @@ class WeightsError(ValueError):
     """A weights file that is damaged, of another kind, or trained beside other weights than those in use."""
 
 
+class MismatchError(WeightsError):
+    """Weights that are whole, but do not belong to those in use."""
+
+
 def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bytes:
     """The file content of `tensors` and `metadata`; equal input gives equal bytes."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

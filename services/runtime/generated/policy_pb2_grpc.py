@@ -29,7 +29,8 @@ class PolicyStub:
     """A frozen base policy with a residual policy on top. Requests of all clients are batched with a bounded wait.
 
     Errors: INVALID_ARGUMENT (missing or unknown camera, wrong size or dtype, empty or too long instruction),
-    FAILED_PRECONDITION (the asked policy version is not loaded: call Load), DATA_LOSS (a bundle that fails its checks).
+    FAILED_PRECONDITION (the asked policy version is not loaded: call Load; or its bundle belongs to other weights),
+    DATA_LOSS (a bundle that is damaged or lacks something).
     """
 
     def __init__(self, channel):
@@ -59,7 +60,8 @@ class PolicyServicer:
     """A frozen base policy with a residual policy on top. Requests of all clients are batched with a bounded wait.
 
     Errors: INVALID_ARGUMENT (missing or unknown camera, wrong size or dtype, empty or too long instruction),
-    FAILED_PRECONDITION (the asked policy version is not loaded: call Load), DATA_LOSS (a bundle that fails its checks).
+    FAILED_PRECONDITION (the asked policy version is not loaded: call Load; or its bundle belongs to other weights),
+    DATA_LOSS (a bundle that is damaged or lacks something).
     """
 
     def Describe(self, request, context):
@@ -110,7 +112,8 @@ class Policy:
     """A frozen base policy with a residual policy on top. Requests of all clients are batched with a bounded wait.
 
     Errors: INVALID_ARGUMENT (missing or unknown camera, wrong size or dtype, empty or too long instruction),
-    FAILED_PRECONDITION (the asked policy version is not loaded: call Load), DATA_LOSS (a bundle that fails its checks).
+    FAILED_PRECONDITION (the asked policy version is not loaded: call Load; or its bundle belongs to other weights),
+    DATA_LOSS (a bundle that is damaged or lacks something).
     """
 
     @staticmethod

@@ -37,7 +37,8 @@ class PolicySpec:
 
     cameras: name -> cell of the 2x2 grid (0 top-left, 1 top-right, 2, 3), each `height` x `width` pixels; state_size S;
     low, high: limits of the A action components in the simulator's units; chunk: M; hash: sha256 of the weights;
-    block: rows per call, always exactly that many (0: any number), see `in_blocks`; horizon: actions that one call plans (0: M).
+    block: rows per call, always exactly that many (0: any number), see `in_blocks`; horizon: actions that one call plans (0: M);
+    table: what says cameras and sizes, and the setting that names it, where that is no weights file.
     """
 
     name: str
@@ -51,6 +52,7 @@ class PolicySpec:
     chunk: int
     block: int = 0
     horizon: int = 0
+    table: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "horizon", self.horizon or self.chunk)
@@ -123,6 +125,10 @@ class BasePolicy(ABC):
         if not np.isfinite(plans).all():
             raise RuntimeError(f"policy {spec.name}: actions are not finite")
         return plans
+
+    def away(self) -> str:
+        """Why a server that it needs cannot be reached now; empty where nothing is missing."""
+        return ""
 
     @abstractmethod
     def _act(self, grids: ImageArray, states: FloatArray, instructions: Sequence[str]) -> FloatArray:

@@ -7,11 +7,13 @@ when an old one broke, and errors that name the policy, its address and what was
 from __future__ import annotations
 
 import hashlib
+import socket
 import time
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 import grpc
 import numpy as np
@@ -26,6 +28,7 @@ from world2act.types import FloatArray, ImageArray, M
 
 log = structlog.get_logger()
 Code = grpc.StatusCode
+KNOCK_SECONDS = 2.0
 
 
 class LostError(ConnectionError):
@@ -82,12 +85,23 @@ class Elsewhere(BasePolicy):
             high=tuple(robot.high),
             chunk=M,
             horizon=horizon,
+            table=f"layout {settings.vla_layout}, W2A_VLA_LAYOUT",
         )
         self._connected = False
 
     @property
     def spec(self) -> PolicySpec:
         return self._spec
+
+    def away(self) -> str:
+        """See `BasePolicy.away`: asks only whether anything listens there."""
+        try:
+            parts = urlsplit(self.address if "://" in self.address else f"//{self.address}")
+            port = parts.port or {"https": 443, "wss": 443}.get(parts.scheme, 80)
+            socket.create_connection((parts.hostname or "", port), timeout=KNOCK_SECONDS).close()
+        except (OSError, ValueError) as error:
+            return str(self._error(Code.UNAVAILABLE, f"cannot be reached ({error})"))
+        return ""
 
     def _act(self, grids: ImageArray, states: FloatArray, instructions: Sequence[str]) -> FloatArray:
         rows = [
