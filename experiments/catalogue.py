@@ -120,7 +120,6 @@ def _methods(tasks: Sequence[str]) -> list[Row]:
         rows.append(Row(name, Variant(name, name, RICH) if name.startswith("lora") else _named(name, RICH), ("base",), paper))
     rows.append(Row("inverse-dynamics, cosine", Variant("inverse-dynamics-cosine", "inverse-dynamics", RICH), ("base",)))
     rows.append(Row("world2act, decode", Variant("decode", regime=RICH, settings=DECODE), ("base", "inverse-dynamics")))
-    rows.append(Row("world2act, film too", Variant("world2act-film", "world2act-film", RICH), ("base", "named-cloning")))
     others = [row.label for row in rows]
     rows.append(Row("world2act", _ours(RICH), tuple(others), "0.726"))
     rows += [Row(name, bound, ("base",), bound=True) for name, bound in _bounds(RICH)]

@@ -10,7 +10,6 @@ METHODS: dict[str, Method] = {
     "more-cloning": cloning.more,
     "named-cloning": cloning.named,
     "world2act": world2act.train,
-    "world2act-film": world2act.with_film,
     "dreamgen": dreamgen.train,
     "inverse-dynamics": inverse_dynamics.train,
     "vla-rft": vla_rft.train,

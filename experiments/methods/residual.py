@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from experiments.arena import Expert, Policy, Run
 from experiments.methods.base import Frozen, Parts, WithResidual
 from world2act import schedule, stage2
-from world2act.schedule import EpisodeSpec
-from world2act.splits import Split
 from world2act.stage2 import Learner, Stage2Dataset, Targets
-from world2act.types import Trajectory
 
 
 def post_train(
@@ -21,18 +18,14 @@ def post_train(
     expert: Expert | None = None,
     learner: Learner | None = None,
     policy_of: Callable[[Learner], Policy] | None = None,
-    film: Iterable[tuple[EpisodeSpec, Trajectory, Targets]] = (),
 ) -> Policy:
     """Round by round: execute the plan's episodes, label them with `target`, train on everything so far.
 
-    learner: another than the residual's; policy_of: what acts with it (both or none). film: episodes of split worldmodel that are
-    trained on from the first round on, beside those that are executed.
+    learner: another than the residual's; policy_of: what acts with it (both or none).
     """
     learner = learner or Learner(parts.adapters, parts.settings, parts.seed)
     policy_of = policy_of or (lambda trained: WithResidual(parts.base, trained.bundle(parts.base.hash), parts.model.encode))
-    data = Stage2Dataset(parts.adapters, learner.settings, parts.model.encode, (Split.POSTTRAIN, Split.WORLDMODEL))
-    for filmed in film:
-        data.add(*filmed)
+    data = Stage2Dataset(parts.adapters, learner.settings, parts.model.encode)
     seconds = {"execute": 0.0, "target": 0.0, "train": 0.0}
     policy: Policy = Frozen(parts.base)
     for number, members in schedule.rounds(schedule.plan(parts.settings, parts.tasks, parts.seed)):
