@@ -225,7 +225,7 @@ class LLMClient:
             raise _TryAgainError("the reply is no chat completion") from None
         usage = reply.get("usage") if isinstance(reply.get("usage"), dict) else {}
         counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
-        estimates = (upper, len((text or "").encode()) // BYTES_PER_TOKEN + 1)
+        estimates = (upper, len((text or "").encode(errors="replace")) // BYTES_PER_TOKEN + 1)
         tokens = [n if type(n) is int and n >= 0 else e for n, e in zip(counts, estimates, strict=True)]
         return Completion(text or "", choice.get("finish_reason") == "length", tokens[0], tokens[1], seconds)
 

@@ -103,6 +103,7 @@ def changed(content: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("null", "must be a JSON object, got NoneType"),
         ('{"a": 1, "a": 2}', "has a key twice"),
         ('{"a": NaN}', "NaN is no JSON number"),
+        ('{"a": ' + "9" * 5000 + "}", "a number has 5000 digits, the limit is 20"),
         ("[" * 100_000, f"the limit is {MAX_ANSWER}"),
         ('{"a":' * 3_000, "nested too deeply|nothing around it"),
     ],

@@ -32,6 +32,9 @@ from world2act.segmentation.schemas import MAX_STEPS, PREPOSITIONS, SchemaTable,
 MAX_ANSWER = 20_000
 """Characters of an answer that are looked at; a longer one is rejected."""
 
+MAX_DIGITS = 20
+"""Of a whole number in an answer."""
+
 Messages = Sequence[Mapping[str, str]]
 Value = TypeVar("Value")
 
@@ -119,7 +122,7 @@ class AlignAnswer(_Answer):
 
 def parse_answer(text: str) -> Any:
     """The JSON object that `text` is, and nothing else. Raises AnswerRejectedError: prose around it, broken, too long, a key
-    twice, NaN."""
+    twice, NaN, an endless number."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(dict(pairs)) != len(pairs):
@@ -129,12 +132,17 @@ def parse_answer(text: str) -> Any:
     def no_constant(name: str) -> Any:
         raise AnswerRejectedError(f"answer: {name} is no JSON number")
 
+    def whole(digits: str) -> int:
+        if len(digits) > MAX_DIGITS:
+            raise AnswerRejectedError(f"answer: a number has {len(digits)} digits, the limit is {MAX_DIGITS}")
+        return int(digits)
+
     if len(text) > MAX_ANSWER:
         raise AnswerRejectedError(f"answer: has {len(text)} characters, the limit is {MAX_ANSWER}")
     if not text.strip():
         raise AnswerRejectedError("answer: is empty")
     try:
-        found = json.loads(text, object_pairs_hook=once, parse_constant=no_constant)
+        found = json.loads(text, object_pairs_hook=once, parse_constant=no_constant, parse_int=whole)
     except json.JSONDecodeError as e:
         raise AnswerRejectedError(f"answer: must be one JSON object and nothing around it: {e.msg} at {e.pos}") from None
     except RecursionError:
@@ -196,8 +204,9 @@ class Asker:
             except AnswerRejectedError as e:
                 why = str(e)
                 self._record(said, schema, found, why)
+                sendable = found.text[:2000].encode(errors="replace").decode()  # a lone surrogate is not
                 said += [
-                    {"role": "assistant", "content": found.text[:2000]},
+                    {"role": "assistant", "content": sendable},
                     {"role": "user", "content": f"Rejected: {why[:1000]}\nAnswer again, with one JSON object only."},
                 ]
                 continue
