@@ -119,7 +119,8 @@ def cut(
     by_model: bool = False,
 ) -> Record:
     """One episode: {"key", "skipped": why} for one that cannot be read or used, else {"key", "task", "index", "instruction",
-    "segmentation": Segmentation.to_json(), "clips": what ClipFolderWriter.add takes, "scores": method -> Score.to_json()}.
+    "cues": names of the contact cues beside widths, "segmentation": Segmentation.to_json(), "clips": what ClipFolderWriter.add
+    takes, "scores": method -> Score.to_json()}.
 
     cue: "visual" cuts an episode without gripper widths where its film changes; "gripper" discards it. images: whether one whose
     images cannot be read is skipped, even if nothing here needs them. videos: where clips are written, or None.
@@ -143,7 +144,7 @@ def cut(
         return {"key": key, "skipped": f"{key}: {error}"}
     head = {"key": key, "task": episode.task, "index": episode.index, "instruction": episode.instruction}
     scored = {method: score.to_json() for method, score in scores.items()}
-    return {**head, "segmentation": segmentation.to_json(), "clips": clips, "scores": scored}
+    return {**head, "cues": sorted(episode.cues), "segmentation": segmentation.to_json(), "clips": clips, "scores": scored}
 
 
 def _segment(episode: Episode, recipe: Recipe, cue: Cue, planner: Planner | None, aligner: Aligner | None) -> Segmentation:

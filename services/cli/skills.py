@@ -132,7 +132,8 @@ def begin(settings: BuildSettings, source: Source, recipe: Recipe) -> Path:
         "formats": list(settings.formats),
         "cue": settings.cue,
         "planner": settings.planner,
-        "model": asked_model(settings),
+        "model": (model := asked_model(settings)),
+        "llm": LLMSettings().llm_answering if model else {},
         "score": settings.score,
         "tolerances": list(settings.tolerances),
         "limit": settings.limit,
@@ -216,7 +217,7 @@ def write_lerobot(settings: BuildSettings, source: Source, recipe: Recipe, folde
 
 def summary(settings: BuildSettings, folder: Path, refused: list[str], seconds: float) -> dict[str, Any]:
     """What the journal says, in numbers. JSON."""
-    skipped, unscored = [], 0
+    skipped, unscored, cues = [], 0, set[str]()
     scores: dict[str, Score] = {}
     skills: Counter[str] = Counter()
     for record in records(folder):
@@ -225,6 +226,7 @@ def summary(settings: BuildSettings, folder: Path, refused: list[str], seconds: 
             continue
         skills.update(s["prompt"] for s in record["segmentation"]["skills"])
         unscored += not record["scores"]
+        cues |= {cue for cue in record["cues"] if record["scores"]}
         for method, content in record["scores"].items():
             score = Score.from_json(content)
             scores[method] = scores[method] + score if method in scores else score
@@ -240,6 +242,7 @@ def summary(settings: BuildSettings, folder: Path, refused: list[str], seconds: 
         "statistics": statistics.to_json(),
         "skills": dict(skills.most_common()),
         "unscored": unscored,
+        "cues_scored": sorted(cues),
         "scores": {m: scores[m].to_json() if m in scores else missing[m] for m in METHODS} if settings.score else {},
     }
 

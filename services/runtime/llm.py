@@ -85,6 +85,12 @@ class LLMSettings(CommonSettings):
         """Whether there is a model to ask."""
         return bool(self.llm_key.get_secret_value()) or self.llm_base_url != DEEPSEEK
 
+    @property
+    def llm_answering(self) -> dict[str, str | float]:
+        """What decides answers besides the model and the question. JSON; no secret, no URL."""
+        names = ("format", "max_tokens", "temperature", "attempts")
+        return {name: getattr(self, f"llm_{name}") for name in names}
+
     def llm_log_path(self) -> Path:
         """Where the prompt log is."""
         return self.llm_log or self.run_dir / "llm.jsonl"

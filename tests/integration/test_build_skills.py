@@ -203,7 +203,7 @@ def test_the_language_model_plans_and_is_scored_where_an_endpoint_is_configured(
 def test_a_model_whose_answers_are_all_refused_is_scored_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server = Server()
     server.turns = [said("Sure! First, pick up the can.")] * 3
-    settings = {"LLM_BASE_URL": server.url, "LLM_MODEL": "parrot", "LLM_ATTEMPTS": "3"}
+    settings = {"LLM_BASE_URL": server.url, "LLM_MODEL": "parrot", "LLM_ATTEMPTS": "3", "LLM_KEY": "sk-secret"}
     for name, value in {**settings, "RUN_DIR": str(tmp_path), "ARTIFACTS_URL": f"file://{tmp_path}/artifacts"}.items():
         monkeypatch.setenv(f"W2A_{name}", value)
     out = tmp_path / "run-a"
@@ -215,7 +215,15 @@ def test_a_model_whose_answers_are_all_refused_is_scored_as_such(tmp_path: Path,
     assert len(server.requests) == 3 and summary(out)["statistics"]["synced"] == 2, "the rules have cut"
     monkeypatch.setattr(sys, "argv", ["skills-report", str(out), "--out", str(tmp_path / "skills.md")])
     assert skills_page.main() == 0
-    assert "| events + LLM (parrot) | 1 | 0 | 0.00 / 0.00 |" in (tmp_path / "skills.md").read_text()
+    page = (tmp_path / "skills.md").read_text()
+    assert "| events + LLM (parrot) | 1 | 0 | 0.00 / 0.00 |" in page and "Contact cues beside widths: none" in page
+    assert "events + LLM (parrot): format json_object, max_tokens 2000, temperature 0.0, attempts 3." in page
+    written = page + (out / "summary.json").read_text() + (out / "index.html").read_text()
+    assert server.url not in written and "sk-secret" not in written
+    before = {k: v for k, v in summary(out).items() if k not in ("llm", "cues_scored")}  # as a run of an earlier version
+    (out / "summary.json").write_text(json.dumps(before))
+    assert skills_page.main() == 0
+    assert "events + LLM (parrot): settings not recorded." in (tmp_path / "skills.md").read_text()
 
 
 @pytest.mark.parametrize(
