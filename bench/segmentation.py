@@ -15,7 +15,7 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
-from services.segmenter.episodes import calibration_of, open_episodes
+from services.segmenter.episodes import open_episodes
 from world2act.segmentation import (
     OnlineSkill,
     RuleBasedPlanner,
@@ -26,6 +26,7 @@ from world2act.segmentation import (
     segment_episode,
     segment_series,
 )
+from world2act.skillset import hand_of_source
 
 INSTRUCTION = "pick up the puck and place it at the goal"
 LIBERO = "put both the alphabet soup and the tomato sauce in the basket"
@@ -91,11 +92,12 @@ def files(series: list[npt.NDArray[np.float64]]) -> list[dict[str, object]]:
         demonstration_file(path, series)
         megabytes = path.stat().st_size / 1e6
         source = open_episodes(path)
+        _, hand = hand_of_source(source) or (None, None)
 
         def cut(images: bool) -> int:
             for key in source.keys():  # noqa: SIM118
                 episode = source.read(key, images=images)
-                segment_episode(episode, calibration=calibration_of(source, episode, None))
+                segment_episode(episode, calibration=hand)
             return 1
 
         alone = megabytes * rate(lambda: len(path.read_bytes()) and 1)

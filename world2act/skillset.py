@@ -7,14 +7,14 @@ runs. What it returns is JSON and enough for every statistic: nothing of an epis
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 from world2act.data.clip_folder import Names, write_clips
-from world2act.data.formats import FormatError, Source, no_widths
+from world2act.data.formats import FormatError, Skipped, Source, no_widths
 from world2act.data.grid import stitch
 from world2act.segmentation.alignment import Aligner
 from world2act.segmentation.comparison import compare
@@ -56,27 +56,44 @@ def survey(source: Source, embodiment: str | None = None) -> Recipe:
 
     Raises FormatError if none can be read, ValueError naming `embodiment` for a hand that is not known.
     """
-    table = load_schemas()
-    seen = list(islice((e for e in source.episodes(images=False) if isinstance(e, Episode)), CALIBRATION_EPISODES))
-    if not seen:
+    if not any(isinstance(e, Episode) for e in source.episodes(images=False)):
         raise FormatError(f"{source.path.name}: holds no readable episode")
     shown = next((e for e in source.episodes() if isinstance(e, Episode)), None)
     if shown is None:
         raise FormatError(f"{source.path.name}: holds no episode whose images can be read")
     names: Names = "robocasa" if source.robot in ("robocasa", "PandaOmron") else "libero"
-    recipe = Recipe(None, None, grid_cells(list(shown.images)), max(1, round(source.fps)), names)
-    series = [e.widths for e in seen if not no_widths(e)]
-    if not series:
-        return recipe
-    hand = table.hand(embodiment or source.robot)
+    hand, calibration = hand_of_source(source, embodiment) or (None, None)
+    return Recipe(hand, calibration, grid_cells(list(shown.images)), max(1, round(source.fps)), names)
+
+
+def hand_of_source(source: Source, embodiment: str | None = None) -> tuple[str, GripperCalibration] | None:
+    """Name and calibration of the hand that made all of a source's episodes; None where the first of them have no widths.
+
+    embodiment: a calibration's name, by default what the source's robot has. The hand opens as wide as the file says, or else as
+    the first episodes show (`calibrated`). Raises ValueError naming `embodiment` for a hand that is not known.
+    """
+    readable = islice((e for e in source.episodes(images=False) if isinstance(e, Episode)), CALIBRATION_EPISODES)
+    seen = [e for e in readable if not no_widths(e)]
+    if not seen:
+        return None
+    table, robot = load_schemas(), embodiment or source.robot
+    hand = table.hand(robot)
     if hand is None:
         known = ", ".join(table.calibrations)
-        raise ValueError(
-            f"embodiment: the hand of {(embodiment or source.robot)[:40]!r} is not known; name the one to use ({known})"
-        )
+        raise ValueError(f"embodiment: the hand of {robot[:40]!r} is not known; name the one to use ({known})")
     told = "gripper_open_width" in json.loads(seen[0].meta.get("env_args", "{}"))
-    calibration = hand_of(seen[0], hand) if told else calibrated(table.calibration(hand), series)
-    return replace(recipe, embodiment=hand, calibration=calibration)
+    return hand, hand_of(seen[0], hand) if told else calibrated(table.calibration(hand), (e.widths for e in seen))
+
+
+def episodes_of(source: Source) -> Iterator[Episode | Skipped]:
+    """`source.episodes()`, whose meta says how wide the source's hand opens (`hand_of`). Of an unknown robot, as they are."""
+    found = hand_of_source(source) if load_schemas().hand(source.robot) else None
+    for episode in source.episodes():
+        if found is None or isinstance(episode, Skipped):
+            yield episode
+            continue
+        about = {**json.loads(episode.meta.get("env_args", "{}")), "gripper_open_width": found[1].open_width_m}
+        yield replace(episode, meta={**episode.meta, "env_args": json.dumps(about)})
 
 
 def grid_cells(cameras: Sequence[str]) -> dict[str, int]:
@@ -103,8 +120,8 @@ def cut(
     by_model: bool = False,
 ) -> Record:
     """One episode: {"key", "skipped": why} for one that cannot be read or used, else {"key", "task", "index", "instruction",
-    "understood", "segmentation": Segmentation.to_json(), "clips": what ClipFolderWriter.add takes, "scores": method ->
-    Score.to_json()}.
+    "understood", "cues": names of the contact cues beside widths, "segmentation": Segmentation.to_json(), "clips": what
+    ClipFolderWriter.add takes, "scores": method -> Score.to_json()}.
 
     number: what its clips call the demonstration; each key's own, for files of one task or of several splits count alike.
     cue: "visual" cuts an episode without gripper widths where its film changes; "gripper" discards it. images: whether one whose
@@ -130,8 +147,8 @@ def cut(
         return {"key": key, "skipped": f"{key}: {error}"}
     head = {"key": key, "task": episode.task, "index": episode.index, "instruction": episode.instruction}
     scored = {method: score.to_json() for method, score in scores.items()}
-    known = understood(found.task, episode.instruction)
-    return {**head, "understood": known, "segmentation": segmentation.to_json(), "clips": clips, "scores": scored}
+    head |= {"understood": understood(found.task, episode.instruction), "cues": sorted(episode.cues)}
+    return {**head, "segmentation": segmentation.to_json(), "clips": clips, "scores": scored}
 
 
 def understood(task: str | None, instruction: str) -> bool:

@@ -133,7 +133,8 @@ def begin(settings: BuildSettings, source: Source, recipe: Recipe) -> Path:
         "formats": list(settings.formats),
         "cue": settings.cue,
         "planner": settings.planner,
-        "model": asked_model(settings),
+        "model": (model := asked_model(settings)),
+        "llm": LLMSettings().llm_answering if model else {},
         "score": settings.score,
         "tolerances": list(settings.tolerances),
         "limit": settings.limit,
@@ -217,7 +218,7 @@ def write_lerobot(settings: BuildSettings, source: Source, recipe: Recipe, folde
 
 def summary(settings: BuildSettings, folder: Path, refused: list[str], seconds: float) -> dict[str, Any]:
     """What the journal says, in numbers. JSON."""
-    skipped, unscored, unknown = [], 0, 0
+    skipped, unscored, unknown, cues = [], 0, 0, set[str]()
     scores: dict[str, Score] = {}
     skills: Counter[str] = Counter()
     for record in records(folder):
@@ -227,6 +228,7 @@ def summary(settings: BuildSettings, folder: Path, refused: list[str], seconds: 
         skills.update(s["prompt"] for s in record["segmentation"]["skills"])
         unscored += not record["scores"]
         unknown += bool(record["segmentation"]["skills"]) and not record["understood"]
+        cues |= {cue for cue in record["cues"] if record["scores"]}
         for method, content in record["scores"].items():
             score = Score.from_json(content)
             scores[method] = scores[method] + score if method in scores else score
@@ -243,6 +245,7 @@ def summary(settings: BuildSettings, folder: Path, refused: list[str], seconds: 
         "skills": dict(skills.most_common()),
         "unknown": unknown,
         "unscored": unscored,
+        "cues_scored": sorted(cues),
         "scores": {m: scores[m].to_json() if m in scores else missing[m] for m in METHODS} if settings.score else {},
     }
 

@@ -67,12 +67,18 @@ def score_rows(summary: Summary) -> list[list[str]]:
 
 
 def score_note(summary: Summary) -> str:
-    """What the columns of scores mean."""
+    """What the columns of scores mean, and what was scored. (Runs made before both were kept had no cues.)"""
     at = " / ".join(map(str, summary["tolerances"]))
+    cues = ", ".join(summary.get("cues_scored", [])) or "none, so commands and pushes are not scored"
+    asked = ""
+    if isinstance(summary["scores"].get(MODEL), dict):
+        kept = summary.get("llm")
+        how = ", ".join(f"{name} {value}" for name, value in kept.items()) if kept else "settings not recorded"
+        asked = f" {MODEL} ({summary['model']}): {how}."
     return (
         f"Boundaries within {at} frames of the simulator's truth; mean error of those within the widest, in frames; labels: "
         "share of actions with the true prompt; cut: episodes that were not discarded. "
-        f"{summary['unscored']} episodes have no truth to score against."
+        f"{summary['unscored']} episodes have no truth to score against. Contact cues beside widths: {cues}.{asked}"
     )
 
 

@@ -85,6 +85,12 @@ class LLMSettings(CommonSettings):
         """Whether there is a model to ask."""
         return bool(self.llm_key.get_secret_value()) or self.llm_base_url != DEEPSEEK
 
+    @property
+    def llm_answering(self) -> dict[str, str | float]:
+        """What decides answers besides the model and the question. JSON; no secret, no URL."""
+        names = ("format", "max_tokens", "temperature", "attempts")
+        return {name: getattr(self, f"llm_{name}") for name in names}
+
     def llm_log_path(self) -> Path:
         """Where the prompt log is."""
         return self.llm_log or self.run_dir / "llm.jsonl"
@@ -225,7 +231,7 @@ class LLMClient:
             raise _TryAgainError("the reply is no chat completion") from None
         usage = reply.get("usage") if isinstance(reply.get("usage"), dict) else {}
         counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
-        estimates = (upper, len((text or "").encode()) // BYTES_PER_TOKEN + 1)
+        estimates = (upper, len((text or "").encode(errors="replace")) // BYTES_PER_TOKEN + 1)
         tokens = [n if type(n) is int and n >= 0 else e for n, e in zip(counts, estimates, strict=True)]
         return Completion(text or "", choice.get("finish_reason") == "length", tokens[0], tokens[1], seconds)
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from world2act.data.formats import FormatError, Skipped, Source, find_format, no_widths
-from world2act.segmentation import GripperCalibration, hand_of, load_schemas
+from world2act.data.formats import FormatError, Skipped, Source, find_format
 from world2act.splits import Split
 from world2act.types import Episode
 
@@ -46,15 +45,3 @@ def read_episodes(source: Source, demo: str | None, limit: int) -> Iterator[tupl
         raise ValueError(f"demo: {demo[:60]!r} is not in it; it has {first} to {last}")
     if not found:
         raise ValueError("episode: holds no demonstration")
-
-
-def calibration_of(source: Source, episode: Episode, embodiment: str | None) -> GripperCalibration:
-    """The hand of an episode: the named one, or the source's robot's; as wide open as the file says, where it does.
-
-    Raises ValueError naming the field where nobody says which hand it is, or a file says nonsense.
-    """
-    table, robot = load_schemas(), embodiment or source.robot
-    if table.hand(robot) is None and not no_widths(episode):
-        known = ", ".join(table.calibrations)
-        raise ValueError(f"embodiment: the hand of {robot[:40]!r} is not known; name the one to use ({known})")
-    return hand_of(episode, robot)

@@ -29,7 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from services.runtime.artifacts import ArtifactError, ArtifactStore
 from services.runtime.llm import BudgetExceededError, LLMClient, make_asker
 from services.runtime.paths import below
-from services.segmenter.episodes import calibration_of, open_episodes, read_episodes
+from services.segmenter.episodes import open_episodes, read_episodes
 from services.segmenter.settings import SegmenterSettings
 from world2act.data.formats import FormatError, Skipped
 from world2act.segmentation import (
@@ -47,6 +47,7 @@ from world2act.segmentation.events import MAX_FRAMES, check_widths
 from world2act.segmentation.events import as_json as events_json
 from world2act.segmentation.llm import LLMAligner, LLMPlanner
 from world2act.segmentation.schemas import DEFAULT_EMBODIMENT
+from world2act.skillset import hand_of_source
 
 WIDTHS_SHOWN = 256
 
@@ -191,6 +192,7 @@ def _of_data(path: Path, request: SegmentRequest, settings: SegmenterSettings, c
     plain = (lambda text: text.replace(path.name, "the file")) if request.episode_uri else str  # an artifact's name says nothing
     try:
         source = open_episodes(path)
+        _, hand = hand_of_source(source, request.embodiment) or (None, None)
         cut: list[Segmentation] = []
         shown: list[dict[str, Any]] = []
         skipped: list[dict[str, str]] = []
@@ -198,7 +200,6 @@ def _of_data(path: Path, request: SegmentRequest, settings: SegmenterSettings, c
             if isinstance(episode, Skipped):
                 skipped.append({"demo": name, "reason": plain(episode.reason)})
                 continue
-            hand = calibration_of(source, episode, request.embodiment)
             try:
                 found = segment_episode(episode, calibration=hand, planner=cutter.planner, aligner=cutter.aligner)
             except AnswerRejectedError:

@@ -23,6 +23,7 @@ from world2act.data import robomimic
 from world2act.data.clips import camera_grid, skills_of
 from world2act.data.formats import Skipped, open_source
 from world2act.data.grid import letterbox
+from world2act.skillset import episodes_of
 from world2act.splits import Split
 from world2act.types import Episode
 
@@ -47,7 +48,7 @@ def read_episodes(data: Path, split: Split, limit: int | None = None) -> Iterato
     if (data / split.value).is_dir():
         found = iter(robomimic.read_root(data, allowed=[split]))
     else:
-        found = open_source(data, split=split).episodes()
+        found = episodes_of(open_source(data, split=split))
     for episode in found:
         if isinstance(episode, Skipped):
             log.warning("episode skipped", key=episode.key, reason=episode.reason[:200])

@@ -17,10 +17,15 @@ import psutil
 import pytest
 
 from services.cli import main, skills, skills_page
+from services.runtime.artifacts import ArtifactStore
+from services.segmenter.segment import run_request
+from services.segmenter.settings import SegmenterSettings
+from services.worldmodel.windows import read_episodes
 from tests import foreign_data as foreign
 from tests.conformance.test_data_formats import PROBES
 from tests.processes import wait_for
 from tests.scripted_llm import Server, said
+from world2act.data.clips import skills_of
 from world2act.data.formats import Episode, open_source
 from world2act.data.hdf5 import SUFFIXES
 from world2act.splits import Split
@@ -79,6 +84,35 @@ def test_every_format_becomes_skills_and_a_damaged_episode_is_skipped(
     assert [len(e.images["grid"]) for e in clips][:2] == [13, 21 if name == "world2act" else 17], "whole chunks, both ends shown"
     lerobot = [e for e in open_source(out / "lerobot", split=Split.BASE).episodes() if isinstance(e, Episode)]
     assert [e.instruction for e in lerobot] == [PICK] * 2
+
+
+NARROW = np.r_[np.full(12, 0.066), np.full(17, 0.03), np.full(4, 0.066)]
+PUSH = "push the plate to the front of the stove"
+
+
+@pytest.mark.parametrize(
+    ("widths", "instruction", "skills_found"),
+    [
+        (NARROW, PICK, [(SKILLS[0], 0, 12), (SKILLS[1], 12, 28)]),
+        (np.zeros(STEPS + 1), PUSH, [(PUSH, 0, 28)]),  # a hand that never opens has the table's width
+        (np.full(STEPS + 1, 0.01), PUSH, [(PUSH, 0, 28)]),
+    ],
+    ids=["opens 66 mm", "shut", "nearly shut"],
+)
+def test_a_source_has_one_hand_whoever_cuts_it(
+    widths: np.ndarray, instruction: str, skills_found: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (source := tmp_path / "source").mkdir()
+    foreign.write_libero(source, [replace(world(i), widths=widths, instruction=instruction) for i in range(3)])
+    options = ["--source", source, "--split", "base", "--formats", "clips", "--workers", 1]
+    assert run(monkeypatch, *options, "--out", tmp_path / "out") == 0
+    built = [r["segmentation"]["skills"] for r in skills.records(tmp_path / "out")]
+    asked = run_request({"episode_path": "."}, SegmenterSettings(data_root=source), ArtifactStore(f"file://{tmp_path}/artifacts"))
+    segmented = [e["skills"] for e in asked["episodes"]]
+    for episodes in (built, segmented):
+        assert [[(s["prompt"], s["start"], s["end"]) for s in e] for e in episodes] == [skills_found] * 3
+    for episode in read_episodes(source, Split.BASE):
+        assert [(s.prompt, s.start, s.end) for s in skills_of(episode)[0]] == skills_found
 
 
 def many(folder: Path, episodes: int) -> Path:
@@ -211,7 +245,7 @@ def test_the_language_model_plans_and_is_scored_where_an_endpoint_is_configured(
 def test_a_model_whose_answers_are_all_refused_is_scored_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server = Server()
     server.turns = [said("Sure! First, pick up the can.")] * 3
-    settings = {"LLM_BASE_URL": server.url, "LLM_MODEL": "parrot", "LLM_ATTEMPTS": "3"}
+    settings = {"LLM_BASE_URL": server.url, "LLM_MODEL": "parrot", "LLM_ATTEMPTS": "3", "LLM_KEY": "sk-secret"}
     for name, value in {**settings, "RUN_DIR": str(tmp_path), "ARTIFACTS_URL": f"file://{tmp_path}/artifacts"}.items():
         monkeypatch.setenv(f"W2A_{name}", value)
     out = tmp_path / "run-a"
@@ -223,7 +257,15 @@ def test_a_model_whose_answers_are_all_refused_is_scored_as_such(tmp_path: Path,
     assert len(server.requests) == 3 and summary(out)["statistics"]["synced"] == 2, "the rules have cut"
     monkeypatch.setattr(sys, "argv", ["skills-report", str(out), "--out", str(tmp_path / "skills.md")])
     assert skills_page.main() == 0
-    assert "| events + LLM (parrot) | 1 | 0 | 0.00 / 0.00 |" in (tmp_path / "skills.md").read_text()
+    page = (tmp_path / "skills.md").read_text()
+    assert "| events + LLM (parrot) | 1 | 0 | 0.00 / 0.00 |" in page and "Contact cues beside widths: none" in page
+    assert "events + LLM (parrot): format json_object, max_tokens 2000, temperature 0.0, attempts 3." in page
+    written = page + (out / "summary.json").read_text() + (out / "index.html").read_text()
+    assert server.url not in written and "sk-secret" not in written
+    before = {k: v for k, v in summary(out).items() if k not in ("llm", "cues_scored")}  # as a run of an earlier version
+    (out / "summary.json").write_text(json.dumps(before))
+    assert skills_page.main() == 0
+    assert "events + LLM (parrot): settings not recorded." in (tmp_path / "skills.md").read_text()
 
 
 @pytest.mark.parametrize(

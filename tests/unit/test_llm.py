@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from world2act.segmentation import AnswerRejectedError, ContactEvent, load_schemas, segment_series
+from world2act.segmentation import AnswerRejectedError, ContactEvent, RuleBasedPlanner, load_schemas, segment_series
 from world2act.segmentation.alignment import Alignment
 from world2act.segmentation.llm import (
     MAX_ANSWER,
@@ -103,6 +103,7 @@ def changed(content: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("null", "must be a JSON object, got NoneType"),
         ('{"a": 1, "a": 2}', "has a key twice"),
         ('{"a": NaN}', "NaN is no JSON number"),
+        ('{"a": ' + "9" * 5000 + "}", "a number has 5000 digits, the limit is 20"),
         ("[" * 100_000, f"the limit is {MAX_ANSWER}"),
         ('{"a":' * 3_000, "nested too deeply|nothing around it"),
     ],
@@ -154,6 +155,11 @@ def test_what_the_planner_is_asked() -> None:
         ("steps.0.prompt", "the milk", "must begin with one of the verbs"),
         ("steps.1.prompt", "place {object} in the basket", "{object} of .* is not filled from the instruction"),
         ("steps.0.prompt", " ", "must begin with one of the verbs"),
+        ("task", "none", "task: 'none', but the instruction's is 'pick-place'"),
+        ("task", "put", "task: 'put', but the instruction's is 'pick-place'"),
+        ("steps.0.prompt", "place the milk", "steps.0.prompt: 'place the milk' is not 'pick up the milk'"),
+        ("steps.0.prompt", "pick up the basket", "'pick up the basket' is not 'pick up the milk'"),
+        ("steps.1.prompt", "place the basket in the milk", "steps.1.prompt: .* is not 'place the milk in the basket'"),
         ("steps.0.ends", "contact_off", "got contact_off, end"),
         ("steps.0.ends", "soon", "steps.0.ends: Input should be"),
         ("steps.0.colour", "red", "steps.0.colour: Extra inputs"),
@@ -183,6 +189,47 @@ def test_a_compound_of_no_schema() -> None:
     answer = {"task": "none", "steps": steps, "explanation": "x"}
     plan = plan_of(answer, instruction="turn on the stove and put the moka pot on it")
     assert plan.task is None and len(plan.prompts) == 3
+
+
+TABLE = load_schemas()
+
+
+@pytest.mark.parametrize("instruction", [text for suite in TABLE.suites for text in suite.instructions.values()])
+def test_what_the_rules_understand_is_a_good_plan(instruction: str) -> None:
+    row = RuleBasedPlanner().understand(instruction)
+    steps = [{"prompt": s.prompt, "ends": s.ends} for s in row.steps]
+    answer = {"task": "none" if "+" in row.task else row.task, "steps": steps, "explanation": "x"}
+    assert plan_of(answer, instruction=instruction).schema.steps == row.steps
+    invented = [*steps[:-1], {**steps[-1], "ends": "contact_off"}, {"prompt": "push the plate", "ends": "end"}]
+    with pytest.raises(AnswerRejectedError):
+        plan_of({**answer, "steps": invented}, instruction=instruction)
+
+
+SHAKE = "carefully pick up the jar and gently shake it over the sink, then return it"
+
+
+@pytest.mark.parametrize(
+    ("instruction", "prompts", "undone"),
+    [
+        (SHAKE, ["pick up the jar", "shake the jar over the sink", "return the jar"], ""),
+        (SHAKE, ["open the jar", "grasp the jar", "shake it", "shake the jar", "return the jar"], ""),
+        (SHAKE, ["pick up the jar", "return the jar"], "shake the jar over the sink"),
+        (SHAKE, ["shake the jar", "pick up the jar", "return the jar"], "shake the jar over the sink"),
+        (SHAKE, ["pick up the sink", "shake the jar", "return the jar"], "pick up the jar"),
+        ("bring the cup to the sink", ["pick up the cup", "place the cup in the sink"], ""),
+        ("bring the cup to the sink", ["pick up the cup"], "bring the cup to the sink"),
+        ("stir the soup", ["reach the soup"], "stir the soup"),
+        ("tidy the table", ["pick up the table", "push the table"], ""),  # no verb of ours: nothing can be said
+    ],
+)
+def test_an_instruction_that_no_row_knows_is_done_whole_and_in_order(instruction: str, prompts: list[str], undone: str) -> None:
+    steps = [{"prompt": p, "ends": "contact_off"} for p in prompts]
+    answer = {"task": "none", "steps": [*steps[:-1], {**steps[-1], "ends": "end"}], "explanation": "x"}
+    if not undone:
+        assert list(plan_of(answer, instruction=instruction).prompts) == prompts
+        return
+    with pytest.raises(AnswerRejectedError, match=f"steps: none does '{undone}', or not in the instruction's order"):
+        plan_of(answer, instruction=instruction)
 
 
 def test_a_bad_instruction_is_refused_before_anything_is_asked() -> None:

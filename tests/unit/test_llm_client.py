@@ -279,6 +279,23 @@ def test_every_misbehaviour_in_one_episode(server: Server, tmp_path: Path) -> No
     assert episode(tape) == found and len(server.requests) == 10
 
 
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "\ud800",
+        json.dumps({**PLAN, "explanation": "\ud800"}, ensure_ascii=False),
+        json.dumps({**PLAN, "\ud800": "x"}),
+        '{"task": ' + "9" * 5000 + "}",
+    ],
+    ids=["surrogate", "surrogate in a text", "surrogate as a name", "5000 digits"],
+)
+def test_an_answer_of_odd_characters_or_digits_is_asked_for_again(server: Server, tmp_path: Path, bad: str) -> None:
+    server.turns = [said(bad, usage=None), said(PLAN)]
+    asker, client = make_asker(settings(server, tmp_path), ArtifactStore(f"file://{tmp_path}/artifacts"))
+    assert LLMPlanner(asker).plan(PICK).prompts == ("pick up the milk", "place the milk in the basket")
+    assert client.requests == 2 and server.requests[1]["messages"][-1]["content"].startswith("Rejected: ")
+
+
 def request(**changes: Any) -> dict[str, Any]:
     return {"instruction": PICK, "gripper_width_m": WIDTHS.tolist(), "embodiment": "panda", "planner": "llm", **changes}
 

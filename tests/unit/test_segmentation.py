@@ -296,6 +296,9 @@ def test_determiners() -> None:
     assert with_determiner("a red cup") == "a red cup"
 
 
+HANDS = {"hand": {"open_width_m": 0.1, "delta_on_m": 0.05, "delta_off_m": 0.03}}
+
+
 def row(**changes: Any) -> dict[str, Any]:
     return {"task": "t", "steps": [{"prompt": "open {object}", "ends": "end"}], "slots": {"object": "it"}, **changes}
 
@@ -318,6 +321,30 @@ def row(**changes: Any) -> dict[str, Any]:
         ({"tasks": [row(patterns=["("])]}, "is no regular expression"),
         ({"tasks": [row()], "calibrations": {"hand": {"open": 1}}}, "schemas.calibrations.hand"),
         ({"tasks": [row()], "calibrations": {"hand": {"open_width_m": 9, "delta_on_m": 1, "delta_off_m": 1}}}, "open_width_m"),
+        ({"tasks": [row()], "suite": {}}, "schemas: unknown field 'suite'; there are about, calibrations, suites, tasks, verbs"),
+        ({"tasks": [row(patterns=[5])]}, r"schemas.tasks\[0\].patterns: must be a list of texts"),
+        ({"tasks": [row(patterns="open")]}, r"schemas.tasks\[0\].patterns: must be a list of texts"),
+        ({"tasks": [row(slots=[])]}, r"schemas.tasks\[0\].slots: must be an object, got list"),
+        ({"tasks": [row(slots={"object": 5})]}, r"schemas.tasks\[0\].slots.object: must be text, got 5"),
+        ({"tasks": [row(steps=[{"prompt": "x", "ends": []}])]}, r"steps\[0\].ends: \[\] must be one of"),
+        ({"tasks": [row(steps=[{"prompt": "x", "ends": "end", "optional": "no"}])]}, "optional: must be true or false, got 'no'"),
+        *(
+            ({"tasks": [row(steps=[{"prompt": prompt, "ends": "end"}])]}, r"tasks\[0\].steps\[0\].prompt: 'go .* has braces")
+            for prompt in ("go {object.x}", "go {object", "go object}", "go {}", "go {0}", "go {object!r}", "go {object:>9}")
+        ),
+        ({"tasks": [row()], "calibrations": []}, "schemas.calibrations: must be an object, got list"),
+        ({"tasks": [row()], "calibrations": {"hand": []}}, "schemas.calibrations.hand: must be an object, got list"),
+        ({"tasks": [row()], "calibrations": {"hand": {"open_width_m": "a"}}}, "calibrations.hand.open_width_m: 'a' is no number"),
+        ({"tasks": [row()], "calibrations": {"hand": {"min_frames": 2.5}}}, "hand.min_frames: 2.5 is no whole number"),
+        ({"tasks": [row()], "verbs": []}, "schemas.verbs: must be an object, got list"),
+        ({"tasks": [row()], "verbs": {"other": "go"}}, "schemas.verbs.other: must be a list of texts"),
+        ({"tasks": [row()], "verbs": {"others": ["go"]}}, "schemas.verbs: unknown field 'others'"),
+        ({"tasks": [row()], "suites": []}, "schemas.suites: must be an object, got list"),
+        ({"tasks": [row()], "suites": {"s": {"embodiment": [], "tasks": ["x"]}}}, r"schemas.suites.s.embodiment: \[\] has no"),
+        (
+            {"tasks": [row()], "calibrations": HANDS, "suites": {"s": {"embodiment": "hand", "tasks": {"a": " "}}}},
+            "schemas.suites.s.tasks.a: instruction: is empty",
+        ),
     ],
 )
 def test_bad_schemas(content: Any, message: str) -> None:
@@ -333,6 +360,9 @@ def test_schemas_of_ones_own(tmp_path: Path) -> None:
     assert (plan.task, plan.prompts) == ("jar-open", ("open the small jar",))
     path.with_name("bad.json").write_text("{")
     with pytest.raises(ValueError, match="not JSON"):
+        load_schemas(path.with_name("bad.json"))
+    path.with_name("bad.json").write_text(f'{{"tasks": [{"9" * 5000}]}}')
+    with pytest.raises(ValueError, match="schemas: not JSON"):
         load_schemas(path.with_name("bad.json"))
 
 

@@ -148,8 +148,8 @@ def test_a_hand_calibrated_from_its_episodes() -> None:
     assert found.open_width_m == pytest.approx(0.077) and found.delta_on_m == HAND.delta_on_m
     with pytest.raises(ValueError, match="at least one is needed"):
         calibrated(HAND, [])
-    with pytest.raises(ValueError, match="delta_on_m <= open_width_m"):
-        calibrated(HAND, [np.full(9, 0.005)])
+    for never_opens in (0.0, 0.005):
+        assert calibrated(HAND, [np.full(9, never_opens)]) == HAND
 
 
 def test_commands_as_widths() -> None:

@@ -90,6 +90,15 @@ def test_methods_are_scored_on_the_same_truth() -> None:
     assert compare(replace(episode(), truth={"touch/milk": series()}), hand, (1,)) == {}, "no grasp, no truth"
 
 
+def test_what_is_scored_is_cut_by_the_cues_that_the_tool_uses() -> None:
+    """Fingers that a box holds 72 mm apart: only the command shows it."""
+    hand = load_schemas().calibration("panda")
+    wide = replace(episode(), widths=series((18, 41, 0.072), rest=0.08))
+    told = replace(wide, cues={"command": series((18, 41, 1.0), rest=-1.0)})
+    assert [compare(e, hand, (4,))[SCHEMA].cut for e in (wide, told)] == [0, 1]
+    assert compare(told, hand, (4,))[SCHEMA].boundaries[0].f1 == 1.0
+
+
 def test_a_model_is_scored_by_what_it_answers() -> None:
     class Wrong:
         """Understands something else, and aligns as the rules do."""

@@ -1,12 +1,14 @@
 """Ways of segmenting compared on one episode whose truth is known (truth.py): what schemas, a language model or film are worth.
 
-All of them get the instruction alone; the truth's prompts come from the schema of the simulator's task. So a label is wrong where
-the instruction was understood wrongly, where a boundary is off, and everywhere in an episode that was discarded.
+All of them get the instruction alone, those by events also the cues that the tool uses (`segment_episode`); the truth's prompts
+come from the schema of the simulator's task. So a label is wrong where the instruction was understood wrongly, where a boundary
+is off, and everywhere in an episode that was discarded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -15,7 +17,7 @@ from world2act.segmentation.events import ContactEvent, GripperCalibration
 from world2act.segmentation.planner import Planner, split_phrases
 from world2act.segmentation.schemas import load_schemas
 from world2act.segmentation.scoring import Score, score
-from world2act.segmentation.segment import default_planner, segment_film, segment_series
+from world2act.segmentation.segment import default_planner, segment_episode, segment_film
 from world2act.segmentation.truth import true_skills
 from world2act.segmentation.visual import pixel_features
 from world2act.types import Episode, Skill
@@ -51,12 +53,12 @@ def compare(
         return {}
     found: dict[str, Sequence[Skill]] = {}
     if calibration is not None and np.isfinite(episode.widths).all():
-        plain = segment_series(episode.widths, episode.instruction, calibration=calibration)
+        unnamed = replace(episode, task="")
+        plain = segment_episode(unnamed, calibration=calibration)
         found = {EVENTS: by_events(plain.events, episode.instruction, actions), SCHEMA: plain.skills}
         if model is not None:
             planner, aligner = model
-            asked = segment_series(episode.widths, episode.instruction, calibration=calibration, planner=planner, aligner=aligner)
-            found[MODEL] = asked.skills
+            found[MODEL] = segment_episode(unnamed, calibration=calibration, planner=planner, aligner=aligner).skills
     if episode.images:
         view = next(iter(episode.images.values()))
         found[FILM] = segment_film(pixel_features(view), episode.instruction).skills

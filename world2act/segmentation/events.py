@@ -183,15 +183,17 @@ def _slide(pick: np.ufunc, x: WidthArray, frames: int) -> WidthArray:
 
 def calibrated(base: GripperCalibration, episodes: Iterable[npt.ArrayLike]) -> GripperCalibration:
     """`base` with the fully-open width that the width series (F,) of one hand's episodes show, metres: the widest that each
-    keeps for min_frames, the median over episodes, so that neither a spike nor an episode that never opens decides.
+    keeps for min_frames, the median over episodes, so that neither a spike nor an episode that never opens decides. `base` as it
+    is where that is no contact's worth of closing: fingers that never open do not show how wide they would.
 
-    Raises ValueError as `check_widths`, without episodes, and where the hand opens too little for the thresholds of `base`.
+    Raises ValueError as `check_widths`, and without episodes.
     """
     series = [check_widths(w) for w in episodes]
     widest = [_slide(np.minimum, w, min(base.min_frames, w.size)).max() for w in series]
     if not widest:
         raise ValueError("episodes: at least one is needed to calibrate a hand")
-    return replace(base, open_width_m=float(np.median(widest)))
+    shown = float(np.median(widest))
+    return base if shown < base.delta_on_m else replace(base, open_width_m=shown)
 
 
 def commanded_widths(commands: npt.ArrayLike, calibration: GripperCalibration) -> WidthArray:

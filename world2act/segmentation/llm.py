@@ -26,11 +26,14 @@ from world2act.segmentation.alignment import (
     validate_answer,
 )
 from world2act.segmentation.events import ContactEvent, GripperCalibration
-from world2act.segmentation.planner import Plan
+from world2act.segmentation.planner import Plan, RuleBasedPlanner, undone
 from world2act.segmentation.schemas import MAX_STEPS, PREPOSITIONS, SchemaTable, Step, TaskSchema, check_instruction, load_schemas
 
 MAX_ANSWER = 20_000
 """Characters of an answer that are looked at; a longer one is rejected."""
+
+MAX_DIGITS = 20
+"""Of a whole number in an answer."""
 
 Messages = Sequence[Mapping[str, str]]
 Value = TypeVar("Value")
@@ -119,7 +122,7 @@ class AlignAnswer(_Answer):
 
 def parse_answer(text: str) -> Any:
     """The JSON object that `text` is, and nothing else. Raises AnswerRejectedError: prose around it, broken, too long, a key
-    twice, NaN."""
+    twice, NaN, an endless number."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(dict(pairs)) != len(pairs):
@@ -129,12 +132,17 @@ def parse_answer(text: str) -> Any:
     def no_constant(name: str) -> Any:
         raise AnswerRejectedError(f"answer: {name} is no JSON number")
 
+    def whole(digits: str) -> int:
+        if len(digits) > MAX_DIGITS:
+            raise AnswerRejectedError(f"answer: a number has {len(digits)} digits, the limit is {MAX_DIGITS}")
+        return int(digits)
+
     if len(text) > MAX_ANSWER:
         raise AnswerRejectedError(f"answer: has {len(text)} characters, the limit is {MAX_ANSWER}")
     if not text.strip():
         raise AnswerRejectedError("answer: is empty")
     try:
-        found = json.loads(text, object_pairs_hook=once, parse_constant=no_constant)
+        found = json.loads(text, object_pairs_hook=once, parse_constant=no_constant, parse_int=whole)
     except json.JSONDecodeError as e:
         raise AnswerRejectedError(f"answer: must be one JSON object and nothing around it: {e.msg} at {e.pos}") from None
     except RecursionError:
@@ -196,8 +204,9 @@ class Asker:
             except AnswerRejectedError as e:
                 why = str(e)
                 self._record(said, schema, found, why)
+                sendable = found.text[:2000].encode(errors="replace").decode()  # a lone surrogate is not
                 said += [
-                    {"role": "assistant", "content": found.text[:2000]},
+                    {"role": "assistant", "content": sendable},
                     {"role": "user", "content": f"Rejected: {why[:1000]}\nAnswer again, with one JSON object only."},
                 ]
                 continue
@@ -303,13 +312,18 @@ class LLMPlanner:
             if (s.ends == "end") != (i == len(steps) - 1):
                 raise AnswerRejectedError(f"steps.{i}.ends: {s.ends!r}; the last step, and no other, ends with 'end'")
             self._check_words(i, s.prompt, instruction)
-        if answer.task != "none":
-            row = next((r for r in self.table.tasks if r.task == answer.task), None)
-            if row is None:
-                raise AnswerRejectedError(f"task: {answer.task!r} is no schema and not 'none'")
-            steps = _as_in_row(steps, row)
-        name = task or (answer.task if answer.task != "none" else None)
-        return Plan(instruction, name, TaskSchema(answer.task if answer.task != "none" else "", steps))
+        row = next((r for r in self.table.tasks if r.task == answer.task), None)
+        if row is None and answer.task != "none":
+            raise AnswerRejectedError(f"task: {answer.task!r} is no schema and not 'none'")
+        known = RuleBasedPlanner(self.table).understand(instruction)
+        name = "none" if "+" in known.task else known.task
+        if name and answer.task != name:
+            raise AnswerRejectedError(f"task: {answer.task!r}, but the instruction's is {name!r}")
+        if (schema := known if known.task else row) is not None:
+            steps = _as_in_row(steps, schema)
+        if not known.task and (phrase := undone(instruction, steps, self.table)):
+            raise AnswerRejectedError(f"steps: none does {phrase!r}, or not in the instruction's order")
+        return Plan(instruction, task or (row.task if row else None), TaskSchema(row.task if row else "", steps))
 
     def _check_words(self, i: int, prompt: str, instruction: str) -> None:
         """An object that the instruction does not name is invented."""
@@ -326,11 +340,12 @@ class LLMPlanner:
 
 
 def _as_in_row(steps: tuple[Step, ...], row: TaskSchema) -> tuple[Step, ...]:
-    """`steps`, which must end as the row's do, optional ones left out or not. Raises AnswerRejectedError."""
+    """`steps`, which must end as the row's do and say the same, optional ones left out or not. Raises AnswerRejectedError."""
     at = 0
+    as_in: list[Step] = []
     for s in row.steps:
         if at < len(steps) and steps[at].ends == s.ends and (not s.optional or len(steps) - at > _mandatory(row, s)):
-            steps = (*steps[:at], replace(steps[at], optional=s.optional), *steps[at + 1 :])
+            as_in.append(s)
             at += 1
         elif not s.optional:
             at = -1
@@ -339,7 +354,16 @@ def _as_in_row(steps: tuple[Step, ...], row: TaskSchema) -> tuple[Step, ...]:
         wanted = ", ".join(f"{s.ends}{' (optional)' if s.optional else ''}" for s in row.steps)
         got = ", ".join(s.ends for s in steps)
         raise AnswerRejectedError(f"steps: task {row.task!r} has {len(row.steps)} steps that end at {wanted}; got {got}")
-    return steps
+    for i, (step, s) in enumerate(zip(steps, as_in, strict=True)):
+        if _said(step.prompt, s.prompt) != _said(s.prompt, s.prompt):
+            raise AnswerRejectedError(f"steps.{i}.prompt: {step.prompt!r} is not {s.prompt!r}")
+    return tuple(replace(step, optional=s.optional) for step, s in zip(steps, as_in, strict=True))
+
+
+def _said(prompt: str, wanted: str) -> list[str]:
+    """What must be the same in `prompt` as in `wanted`: the verb of a template, else all words but articles, "up" and "down"."""
+    words = _words(prompt)
+    return words[:1] if "{" in wanted else [w for w in words if w not in ("the", "a", "an", "up", "down")]
 
 
 def _mandatory(row: TaskSchema, step: Step) -> int:

@@ -7,6 +7,7 @@ splits an instruction that no schema knows into verb phrases. An LLM planner is 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Protocol
@@ -101,7 +102,8 @@ class RuleBasedPlanner:
 def split_phrases(instruction: str, table: SchemaTable) -> list[str]:
     """Verb phrases of an instruction: split at 'and then', 'then', 'and', ','; 'it' becomes the phrase before's object.
 
-    A part that starts with no known verb is joined back ('put the salt and the pepper in the box' is one phrase).
+    A part that starts with no known verb is joined back ('put the salt and the pepper in the box' is one phrase); adverbs before
+    a verb are left out ('gently place').
     """
     parts = re.split(r"(\s*,?\s*\band then\b\s*|\s*,?\s*\bthen\b\s*|\s*,?\s*\band\b\s*|\s*,\s*)", normalise(instruction))
     phrases: list[str] = []
@@ -109,6 +111,8 @@ def split_phrases(instruction: str, table: SchemaTable) -> list[str]:
         part = parts[i].strip(" ,")
         if not part:
             continue
+        if (adverbs := re.match(r"(?:\w+ly )+(\w+)", part)) and adverbs[1] in table.verbs:
+            part = part[adverbs.start(1) :]
         separator = parts[i - 1] if i else ""
         if phrases and part.split()[0] not in table.verbs and "then" not in separator:
             phrases[-1] += f"{', ' if separator.strip() == ',' else ' and '}{part}"
@@ -130,6 +134,28 @@ def _object(phrase: str) -> str:
     """'pick up the red cup from the shelf' -> 'the red cup'; '' if there is none."""
     rest = re.sub(rf"^\S+\s*(?:(?:{_PARTICLES})\s+)?", "", phrase)
     return re.split(rf"\s*\b(?:{'|'.join(PREPOSITIONS)})\b", rest, maxsplit=1)[0].strip()
+
+
+def undone(instruction: str, steps: Sequence[Step], table: SchemaTable) -> str:
+    """The first verb phrase of `instruction` that no step does after the steps of those before it; '' if all are done.
+
+    A step does a phrase by its verb, or by one that grasps or lets go where the phrase's does ('get the cup' by 'pick up the
+    cup'), a move also by letting go ('bring it there'), and has the phrase's object.
+    """
+    left = iter(steps)
+    for phrase in split_phrases(instruction, table):
+        verb = phrase.split()[0]
+        kind = table.verbs.get(verb)
+        if kind is not None and not any(_does(step, verb, kind, _object(phrase), table) for step in left):
+            return phrase
+    return ""
+
+
+def _does(step: Step, verb: str, kind: str, thing: str, table: SchemaTable) -> bool:
+    own = step.prompt.split()[0]
+    same = own == verb or table.verbs.get(own) == ("contact_off" if kind == "other" else kind)
+    words = set(thing.split()) - {"the", "a", "an", "and", "it", "them"}
+    return same and (not words or not words.isdisjoint(_object(step.prompt.lower()).split()))
 
 
 def check_suites(table: SchemaTable) -> list[str]:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
@@ -172,33 +172,70 @@ def _compile(pattern: str) -> re.Pattern[str]:
     return re.compile(re.sub(r"(?<!\?P)(?<!\?)<(\w+)(!?)(?::([\w| -]+))?>", noun_phrase, pattern))
 
 
+def _object(content: Any, where: str, known: Collection[str] = ()) -> dict[str, Any]:
+    """`content`, an object; `known`: the fields that it can have, where they are given. Raises ValueError naming the field."""
+    if not isinstance(content, dict):
+        raise ValueError(f"{where}: must be an object, got {type(content).__name__}")
+    if known and (unknown := sorted(set(content) - set(known))):
+        raise ValueError(f"{where}: unknown field {unknown[0]!r}; there are {', '.join(sorted(known))}")
+    return content
+
+
+def _texts(content: Any, where: str) -> tuple[str, ...]:
+    if not isinstance(content, list) or not all(isinstance(text, str) for text in content):
+        raise ValueError(f"{where}: must be a list of texts")
+    return tuple(content)
+
+
 def _schema(row: Any, where: str) -> TaskSchema:
     """One task row. Raises ValueError naming the row and field."""
     if not isinstance(row, dict) or not isinstance(row.get("task"), str) or not row["task"]:
         raise ValueError(f"{where}.task: a name is needed")
-    known = {"task", "patterns", "slots", "steps"}
-    if unknown := set(row) - known:
-        raise ValueError(f"{where}: unknown field {sorted(unknown)[0]!r}; there are {', '.join(sorted(known))}")
-    steps, slots = row.get("steps"), row.get("slots", {})
+    _object(row, where, ("task", "patterns", "slots", "steps"))
+    patterns, slots = _texts(row.get("patterns", []), f"{where}.patterns"), _object(row.get("slots", {}), f"{where}.slots")
+    for slot, value in slots.items():
+        if not isinstance(value, str):
+            raise ValueError(f"{where}.slots.{slot}: must be text, got {value!r}")
+    steps = row.get("steps")
     if not isinstance(steps, list) or not 1 <= len(steps) <= MAX_STEPS:
         raise ValueError(f"{where}.steps: 1 to {MAX_STEPS} steps are needed")
-    made = []
-    for i, step in enumerate(steps):
-        if not isinstance(step, dict) or set(step) - {"prompt", "ends", "optional"}:
-            raise ValueError(f"{where}.steps[{i}]: must be an object with prompt, ends and optional")
-        if step.get("ends") not in ENDINGS:
-            raise ValueError(f"{where}.steps[{i}].ends: {step.get('ends')!r} must be one of {', '.join(ENDINGS)}")
-        if step["ends"] == "end" and i != len(steps) - 1:
-            raise ValueError(f"{where}.steps[{i}].ends: only the last step can end with the episode")
-        try:
-            if not isinstance(step.get("prompt"), str) or not step["prompt"].format(**slots).strip():
-                raise ValueError(f"{where}.steps[{i}].prompt: text is needed")
-        except (KeyError, IndexError) as e:
-            raise ValueError(f"{where}.steps[{i}].prompt: slot {e} has no default in slots") from None
-        made.append(Step(step["prompt"], step["ends"], bool(step.get("optional", False))))
+    made = tuple(_step(step, slots, f"{where}.steps[{i}]") for i, step in enumerate(steps))
+    if (early := next((i for i, s in enumerate(made[:-1]) if s.ends == "end"), None)) is not None:
+        raise ValueError(f"{where}.steps[{early}].ends: only the last step can end with the episode")
     if all(s.optional for s in made):
         raise ValueError(f"{where}.steps: at least one step must not be optional")
-    return TaskSchema(row["task"], tuple(made), tuple(row.get("patterns", ())), dict(slots))
+    return TaskSchema(row["task"], made, patterns, slots)
+
+
+def _step(step: Any, slots: Mapping[str, str], where: str) -> Step:
+    _object(step, where, ("prompt", "ends", "optional"))
+    prompt, ends, optional = step.get("prompt"), step.get("ends"), step.get("optional", False)
+    if ends not in ENDINGS:
+        raise ValueError(f"{where}.ends: {ends!r} must be one of {', '.join(ENDINGS)}")
+    if not isinstance(optional, bool):
+        raise ValueError(f"{where}.optional: must be true or false, got {optional!r}")
+    if not isinstance(prompt, str):
+        raise ValueError(f"{where}.prompt: text is needed")
+    named = re.compile(r"\{([^\W\d]\w*)\}")
+    if re.search("[{}]", named.sub("", prompt)):
+        raise ValueError(f"{where}.prompt: {prompt!r} has braces around what is no slot's name")
+    if unknown := [slot for slot in named.findall(prompt) if slot not in slots]:
+        raise ValueError(f"{where}.prompt: slot {unknown[0]!r} has no default in slots")
+    if not prompt.format(**slots).strip():
+        raise ValueError(f"{where}.prompt: text is needed")
+    return Step(prompt, ends, optional)
+
+
+def _calibration(values: Any, where: str) -> GripperCalibration:
+    """One hand. Raises ValueError naming the field."""
+    kinds = {f.name: f.type for f in fields(GripperCalibration)}
+    for name, value in _object(values, where, kinds).items():
+        if type(value) not in ((int,) if kinds[name] == "int" else (int, float)):
+            raise ValueError(f"{where}.{name}: {value!r} is no {'whole number' if kinds[name] == 'int' else 'number'}")
+    try:
+        return GripperCalibration(**values)
+    except (TypeError, ValueError) as e:
+        raise ValueError(f"{where}: {e}") from None
 
 
 def _suite(name: str, row: Any, calibrations: Mapping[str, GripperCalibration]) -> Suite:
@@ -206,20 +243,27 @@ def _suite(name: str, row: Any, calibrations: Mapping[str, GripperCalibration]) 
     where = f"schemas.suites.{name}"
     if not isinstance(row, dict) or set(row) != {"embodiment", "tasks"}:
         raise ValueError(f"{where}: must be an object with embodiment and tasks")
-    if row["embodiment"] not in calibrations:
+    if row["embodiment"] not in [*calibrations]:
         raise ValueError(f"{where}.embodiment: {row['embodiment']!r} has no calibration; there are {', '.join(calibrations)}")
     tasks = row["tasks"]
     if isinstance(tasks, list) and all(isinstance(text, str) for text in tasks):
         tasks = {text.replace(" ", "_"): text for text in tasks}
     if not isinstance(tasks, dict) or not tasks or not all(isinstance(text, str) for text in tasks.values()):
         raise ValueError(f"{where}.tasks: must be instructions, or an object of task names and instructions")
-    return Suite(name, row["embodiment"], {task: check_instruction(text) for task, text in tasks.items()})
+    checked = {}
+    for task, text in tasks.items():
+        try:
+            checked[task] = check_instruction(text)
+        except ValueError as e:
+            raise ValueError(f"{where}.tasks.{task[:60]}: {e}") from None
+    return Suite(name, row["embodiment"], checked)
 
 
 def parse_schemas(content: Any) -> SchemaTable:
     """The content of a schemas.json (parsed JSON) as a table. Raises ValueError naming the row and field that is wrong."""
     if not isinstance(content, dict) or not isinstance(content.get("tasks"), list):
         raise ValueError("schemas: must be an object with a list 'tasks'")
+    _object(content, "schemas", ("about", "calibrations", "verbs", "tasks", "suites"))
     tasks = tuple(_schema(row, f"schemas.tasks[{i}]") for i, row in enumerate(content["tasks"]))
     names = [t.task for t in tasks]
     if len(set(names)) != len(names):
@@ -231,14 +275,12 @@ def parse_schemas(content: Any) -> SchemaTable:
                 compiled.append((_compile(pattern), row))
             except re.error as e:
                 raise ValueError(f"schemas: task {row.task!r}: pattern {pattern!r} is no regular expression: {e}") from None
-    calibrations = {}
-    for name, values in content.get("calibrations", {}).items():
-        try:
-            calibrations[name] = GripperCalibration(**values)
-        except TypeError as e:
-            raise ValueError(f"schemas.calibrations.{name}: {e}") from None
-    verbs = {verb: kind for kind, group in content.get("verbs", {}).items() for verb in group}
-    suites = tuple(_suite(name, row, calibrations) for name, row in content.get("suites", {}).items())
+    hands = _object(content.get("calibrations", {}), "schemas.calibrations")
+    calibrations = {name: _calibration(values, f"schemas.calibrations.{name}") for name, values in hands.items()}
+    groups = _object(content.get("verbs", {}), "schemas.verbs", (*ENDINGS, "other"))
+    verbs: dict[str, Any] = {verb: kind for kind, group in groups.items() for verb in _texts(group, f"schemas.verbs.{kind}")}
+    benchmarks = _object(content.get("suites", {}), "schemas.suites")
+    suites = tuple(_suite(name, row, calibrations) for name, row in benchmarks.items())
     return SchemaTable(tasks, calibrations, verbs, tuple(compiled), suites)
 
 
@@ -254,6 +296,7 @@ def _shipped() -> SchemaTable:
 
 def _parse(text: str) -> SchemaTable:
     try:
-        return parse_schemas(json.loads(text))
-    except json.JSONDecodeError as e:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"schemas: not JSON: {e}") from None
+    return parse_schemas(content)

@@ -179,7 +179,7 @@ def segment_episode(
     return segment_series(
         episode.widths,
         episode.instruction,
-        task=episode.task,
+        task=episode.task or None,
         frames=len(episode.actions) + 1,
         calibration=calibration,
         commanded=None if command is None else commanded_widths(command, calibration),
