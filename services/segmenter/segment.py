@@ -196,7 +196,7 @@ def _of_data(path: Path, request: SegmentRequest, settings: SegmenterSettings, c
         skipped: list[dict[str, str]] = []
         for name, episode in read_episodes(source, request.demo, limit):
             if isinstance(episode, Skipped):
-                skipped.append({"demo": name, "reason": plain(episode.reason)})
+                skipped.append({"demo": plain(name), "reason": plain(episode.reason)})
                 continue
             hand = calibration_of(source, episode, request.embodiment)
             try:
