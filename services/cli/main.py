@@ -74,13 +74,17 @@ def segment(
     demo: str | None = None,
     planner: Literal["rule", "llm"] = "rule",
     episode: str | None = None,
+    embodiment: str | None = None,
+    gripper: tuple[int, ...] = (),
 ) -> None:
     """Cut an instruction, an uploaded HDF5 file, or data in the gateway's data folder (--episode: LeRobot, clips, many files)
-    into skills; planner llm asks the segmenter's language model."""
+    into skills; planner llm asks the segmenter's language model. For robots that it does not know: embodiment, whose hand it is
+    like; gripper, columns of a LeRobot state whose absolute values add up to its width in metres."""
     from services.cli import work
 
     with Gateway(CliSettings.load()) as gateway:
-        work.show_segments(work.segment(gateway, console, instruction, file, demo, planner, episode), console)
+        hand = {"embodiment": embodiment, "gripper": list(gripper) or None}
+        work.show_segments(work.segment(gateway, console, instruction, file, demo, planner, episode, **hand), console)
 
 
 def schemas(file: Path | None = None) -> None:

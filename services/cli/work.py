@@ -23,17 +23,21 @@ def segment(
     demo: str | None,
     planner: str = "rule",
     episode: str | None = None,
+    **hand: Any,
 ) -> Result:
-    """Skills of an instruction, of an uploaded file, or of data in the gateway's data folder; waits for a slow one."""
+    """Skills of an instruction, of an uploaded file, or of data in the gateway's data folder; waits for a slow one.
+
+    hand: `embodiment` and `gripper` of the request.
+    """
     if [instruction, file, episode].count(None) != 2:
         raise CliError("segment: give an instruction, or --file, or --episode")
     if file is None:
-        asked = {"instruction": instruction, "episode": episode, "demo": demo, "planner": planner}
+        asked = {"instruction": instruction, "episode": episode, "demo": demo, "planner": planner, **hand}
         found = gateway.call("POST", "/segment", json={key: value for key, value in asked.items() if value is not None})
     else:
         try:
             with file.open("rb") as f:
-                form = {"planner": planner, **({"demo": demo} if demo else {})}
+                form = {key: value for key, value in {"planner": planner, "demo": demo, **hand}.items() if value}
                 found = gateway.call("POST", "/segment", files={"file": (file.name, f)}, data=form)
         except OSError as error:
             raise CliError(f"{file}: {error.strerror}") from None

@@ -390,37 +390,57 @@ def test_v3_metadata_without_what_all_episodes_need_is_named(tmp_path: Path) -> 
     assert reasons(path) == ["meta/episodes/chunk-000/file-000.parquet: column episode_index is missing"]
 
 
-def test_pictures_in_the_parquet_file(tmp_path: Path) -> None:
-    """LeRobot features of dtype image, as openpi's LIBERO has them: state 8, action 7, two fingers."""
-    pd = pytest.importorskip("pandas")
-    pytest.importorskip("pyarrow", reason="pyarrow is missing: pip install '.[data]'")
+def png(image: np.ndarray) -> bytes:
     import av
 
-    def png(image: np.ndarray) -> bytes:
-        encoder = av.CodecContext.create("png", "w")
-        encoder.width, encoder.height, encoder.pix_fmt, encoder.time_base = 32, 32, "rgb24", 1
-        return b"".join(
-            bytes(p) for p in encoder.encode(av.VideoFrame.from_ndarray(image, format="rgb24")) + encoder.encode(None)
-        )
+    encoder = av.CodecContext.create("png", "w")
+    encoder.width, encoder.height, encoder.pix_fmt, encoder.time_base = 32, 32, "rgb24", 1
+    return b"".join(bytes(p) for p in encoder.encode(av.VideoFrame.from_ndarray(image, format="rgb24")) + encoder.encode(None))
 
-    world = foreign.raw(0, 7)
-    path = foreign.write_lerobot_v2(tmp_path, [foreign.raw(0, 12)])
+
+def write_pictures(folder: Path, world: foreign.Raw, cameras: list[np.ndarray], moments: slice) -> Path:
+    """LeRobot features of dtype image, as openpi's LIBERO has them: state 8, action 7, two fingers; one row a moment."""
+    import pandas as pd
+
+    path = foreign.write_lerobot_v2(folder, [foreign.raw(0, 12)])
     features = {k: {"dtype": "image", "shape": [32, 32, 3]} for k in ("image", "wrist_image")}
     features |= {"state": {"dtype": "float32", "shape": [8]}, "action": {"dtype": "float32", "shape": [7]}}
     edit_json("meta/info.json", robot_type="panda", features=features, fps=20)(path)
-    state = np.concatenate([world.pose, foreign.fingers(world.widths)], axis=1)[:-1]
-    columns = {
-        "state": list(state),
-        "action": list(world.actions),
-        "timestamp": np.arange(16) / 20,
-        "task_index": np.zeros(16, int),
-    }
-    for camera, key in enumerate(("image", "wrist_image")):
-        columns[key] = [{"bytes": png(image), "path": None} for image in world.camera(camera)[:-1]]
+    state = np.concatenate([world.pose, foreign.fingers(world.widths)], axis=1)[moments]
+    columns = {"state": list(state), "action": list(world.actions), "timestamp": np.arange(16) / 20}
+    columns["task_index"] = np.zeros(16, int)
+    for images, key in zip(cameras, ("image", "wrist_image"), strict=True):
+        columns[key] = [{"bytes": png(image), "path": None} for image in images]
     pd.DataFrame(columns).to_parquet(path / DATA)
-    got = only(path)
+    return path
+
+
+def test_pictures_in_the_parquet_file(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow", reason="pyarrow is missing: pip install '.[data]'")
+    world = foreign.raw(0, 7)
+    got = only(write_pictures(tmp_path, world, [world.camera(0)[:-1], world.camera(1)[:-1]], slice(-1)))
     assert (got.images["primary"] == world.camera(0)[:-1]).all() and (got.images["wrist"] == world.camera(1)[:-1]).all()
     assert np.allclose(got.widths, world.widths[:-1], atol=1e-6) and got.states.shape == (16, 8)
+
+
+def test_mirrored_conversions_of_libero_show_what_libero_shows(tmp_path: Path) -> None:
+    """Their makers turned each stored image by 180 degrees; LIBERO's own are turned upside down."""
+    pytest.importorskip("pyarrow", reason="pyarrow is missing: pip install '.[data]'")
+    world = foreign.raw(0, 7)
+    for name in ("hdf5", "lerobot"):
+        (tmp_path / name).mkdir()
+    original = only(foreign.write_libero(tmp_path / "hdf5", [world]))
+    with h5py.File(tmp_path / "hdf5/pick_0_demo.hdf5") as file:
+        stored = [file[f"data/demo_0/obs/{key}"][()] for key in ("agentview_rgb", "eye_in_hand_rgb")]
+    turned = [np.rot90(images, 2, axes=(1, 2)) for images in stored]
+    path = write_pictures(tmp_path / "lerobot", world, turned, slice(1, None))
+    as_it_is, mirrored_back = only(path), only(path, mirrored=True)
+    for camera in ("primary", "wrist"):
+        assert (mirrored_back.images[camera] == original.images[camera]).all()
+        assert not (as_it_is.images[camera] == original.images[camera]).all()
+    assert np.allclose(mirrored_back.states, original.states)
+    with pytest.raises(ValueError, match="mirrored: libero data has no such option"):
+        open_source(tmp_path / "hdf5", split=BASE, mirrored=True)
 
 
 @pytest.mark.parametrize(

@@ -263,6 +263,21 @@ def test_an_unknown_hand_must_be_named(desk: Desk) -> None:
     check_pick(one(desk.ask(episode_path="set", embodiment="panda")), 20)
 
 
+def test_an_unknown_robots_gripper_may_be_named(desk: Desk) -> None:
+    pytest.importorskip("pyarrow", reason="pyarrow is missing: pip install '.[data]'")
+    for name in ("set", "libero"):
+        (desk.data / name).mkdir()
+    path = foreign.write_lerobot_v2(desk.data / "set", [grasp(12)])
+    info = json.loads((path / "meta/info.json").read_text())
+    (path / "meta/info.json").write_text(json.dumps({**info, "robot_type": "so101"}))
+    assert "no gripper signal" in one(desk.ask(episode_path="set"))["discarded"]
+    check_pick(one(desk.ask(episode_path="set", embodiment="panda", gripper=[14, 15])), 20)
+    assert "gripper: [16] are not all columns of a state of 16" in desk.ask(episode_path="set", gripper=[16])["error"]
+    foreign.write_libero(desk.data / "libero", [grasp(7)])
+    assert desk.ask(episode_path="libero", gripper=[6, 7])["error"] == "gripper: libero data has no such option"
+    assert desk.ask(instruction=PICK, gripper=[6])["error"].startswith("gripper: names columns of a data set's state")
+
+
 def test_memory_does_not_grow_with_an_upload(desk: Desk, tmp_path: Path) -> None:
     """LIBERO's layout with holes for images (zeros that take no room), 200 MB: checked, stored and cut in a few MB."""
     path, demos = tmp_path / "big_demo.hdf5", 4

@@ -13,7 +13,8 @@ called gripper somewhere may be anything from a percentage to radians.
 
 RoboCasa365 (robot PandaOmron) keeps actions in its own order (robocasa.COLUMNS_365, or as meta/modality.json says); they are put
 into that of world2act/data/robocasa.py. The two LIBERO conversions in use (observation.images.image, image) are upright but
-mirrored, since their makers turned the images by 180 degrees; nothing in the files says so, and they are left as they are.
+mirrored left to right, since their makers turned images by 180 degrees which an up-down flip makes upright. Nothing in the files
+says so: they are left as they are unless the caller says `mirrored`.
 """
 
 from __future__ import annotations
@@ -54,13 +55,18 @@ class LeRobotSource(Source):
     name = "lerobot"
     signs = "folder with meta/info.json"
 
-    def __init__(self, path: Path, split: Split | None = None, gripper: Sequence[int] | None = None) -> None:
-        """gripper: indices into observation.state whose absolute values add up to the width in metres."""
+    def __init__(self, path: Path, split: Split | None = None, gripper: Sequence[int] = (), mirrored: bool = False) -> None:
+        """gripper: indices into observation.state whose absolute values add up to the width in metres. mirrored: all images are
+        mirrored left to right, and are to be mirrored back."""
         super().__init__(path, split)
-        self.gripper = gripper
+        self.gripper = list(gripper)
+        self.mirrored = mirrored
         self.info = self._info()
         self.features: dict[str, dict[str, Any]] = self.info["features"]
         self.modality = self._modality()
+        size = self._size(self._state)
+        if size is not None and not all(0 <= i < size for i in self.gripper):
+            raise FormatError(f"gripper: {self.gripper} are not all columns of a state of {size}")
 
     @property
     def robot(self) -> str:
@@ -148,6 +154,8 @@ class LeRobotSource(Source):
         self._check_times(key, np.asarray(columns["timestamp"], np.float64))
         states, actions = self._vector(columns, self._state), self._vector(columns, "action")
         instruction = self._instruction(key, columns["task_index"][0])
+        flip = -1 if self.mirrored else 1
+        seen = {camera: self._frames(feature, row, index, columns, rows) for camera, feature in self._cameras(images)}
         success = columns.get(SUCCESS)
         order = self._robocasa_order(actions.shape[1])
         meta, cues = {"fps": f"{self.info['fps']:g}"}, {}
@@ -160,7 +168,7 @@ class LeRobotSource(Source):
             split=str(self.split),
             index=index,
             instruction=instruction,
-            images={camera: self._frames(feature, row, index, columns, rows) for camera, feature in self._cameras(images)},
+            images={camera: np.ascontiguousarray(image[:, :, ::flip]) for camera, image in seen.items()},
             states=states,
             widths=self._widths(columns, states, actions.shape[1]),
             actions=np.ascontiguousarray(actions[:-1]),
@@ -213,6 +221,11 @@ class LeRobotSource(Source):
             raise FormatError(f"{KEY}{index:06d}: {name}: no such file")
         return file
 
+    def _size(self, name: str) -> int | None:
+        """How many numbers a vector has, where info.json says it."""
+        shape = self.features.get(name, {}).get("shape")
+        return shape[0] if isinstance(shape, list) and shape and isinstance(shape[0], int) else None
+
     def _vector(self, columns: Mapping[str, Any], name: str) -> FloatArray:
         """A column of vectors, float32 (N, size), of the size that info.json says."""
         if name not in columns:
@@ -222,8 +235,8 @@ class LeRobotSource(Source):
         except (ValueError, TypeError):
             raise FormatError(f"{name}: rows must be numbers, as many in each") from None
         values = values[:, None] if values.ndim == 1 else values
-        size = (self.features.get(name, {}).get("shape") or [values.shape[-1]])[0]
-        if values.ndim != 2 or values.shape[1] != size:
+        size = self._size(name)
+        if values.ndim != 2 or size not in (None, values.shape[1]):
             raise FormatError(f"{name}: shape must be (N, {size}), got {values.shape}")
         return values
 
@@ -252,10 +265,8 @@ class LeRobotSource(Source):
         part = self.modality["state"].get("gripper_qpos")
         if WIDTH in columns:
             return np.asarray(columns[WIDTH], np.float32).reshape(-1)
-        if self.gripper is not None:
-            if not all(0 <= i < size for i in self.gripper):
-                raise FormatError(f"gripper: {list(self.gripper)} are not all columns of a state of {size}")
-            fingers = states[:, list(self.gripper)]
+        if self.gripper:
+            fingers = states[:, self.gripper]
         elif part is not None:
             fingers = states[:, part]
         elif robot == "PandaOmron" and size == 16:
