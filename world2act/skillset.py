@@ -162,7 +162,10 @@ def _segment(episode: Episode, recipe: Recipe, cue: Cue, planner: Planner | None
     if cue == "visual":
         # The instruction alone: the task of a clip is that of the episode it was cut from.
         return segment_film(pixel_features(view(episode)), episode.instruction, planner=planner)
-    reason = "no gripper signal: the source has no widths; the visual cue can cut it by its film"
+    reason = (
+        "no gripper signal: the source has no widths; say which columns of a LeRobot state they are (--gripper), "
+        "or cut by the film (--cue visual)"
+    )
     return Segmentation((), reason, (), (), length=len(episode.actions))
 
 

@@ -77,12 +77,16 @@ def segment(
     embodiment: Annotated[
         str | None, arg(help="whose gripper calibration to use (schemas.json); else the data's robot's, or Meta-World's")
     ] = None,
+    gripper: Annotated[
+        tuple[int, ...], arg(help="LeRobot: columns of the state whose absolute values add up to the gripper's width in metres")
+    ] = (),
 ) -> None:
     """Cut an instruction, an uploaded HDF5 file, or data in the gateway's data folder into skills."""
     from services.cli import work
 
     with Gateway(CliSettings.load()) as gateway:
-        work.show_segments(work.segment(gateway, console, instruction, file, demo, planner, episode, embodiment), console)
+        hand = {"embodiment": embodiment, "gripper": list(gripper) or None}
+        work.show_segments(work.segment(gateway, console, instruction, file, demo, planner, episode, **hand), console)
 
 
 def schemas(file: Path | None = None) -> None:

@@ -60,6 +60,10 @@ class BuildSettings:
     """What the data may be used for. Our own files say it, and of several splits this one is taken; of others you must say it."""
     source_format: str | None = None
     """By default the format is detected."""
+    gripper: tuple[int, ...] = ()
+    """LeRobot: columns of the state whose absolute values add up to the gripper's width in metres; else as the data says."""
+    mirrored: bool = False
+    """LeRobot: mirror the images left to right, as the public conversions of LIBERO need it."""
     formats: tuple[Literal["clips", "lerobot"], ...] = ("clips",)
     """What to write: the authors' clip folder, LeRobot v3, both; none: only look."""
     embodiment: str | None = None
@@ -130,6 +134,8 @@ def begin(settings: BuildSettings, source: Source, recipe: Recipe) -> Path:
         "robot": source.robot,
         "split": str(source.split or "its own"),
         "embodiment": recipe.embodiment,
+        "gripper": list(settings.gripper),
+        "mirrored": settings.mirrored,
         "formats": list(settings.formats),
         "cue": settings.cue,
         "planner": settings.planner,
@@ -256,12 +262,15 @@ def build(settings: BuildSettings, console: Console) -> dict[str, Any]:
 
     started = time.monotonic()
     check(settings)
-    source = open_source(settings.source, split=settings.split, format=settings.source_format)
+    given = {name: value for name in ("gripper", "mirrored") if (value := getattr(settings, name))}
+    source = open_source(settings.source, split=settings.split, format=settings.source_format, **given)
     if source.split is None and isinstance(source, RobomimicSource) and len(there := sorted({*source.splits.values()})) > 1:
         raise ValueError(f"split: {source.path.name} holds episodes of {', '.join(there)}, which stay apart; name one of them")
     recipe = skillset.survey(source, settings.embodiment)
     if "lerobot" in settings.formats and recipe.calibration is None:
-        raise ValueError("formats: LeRobot data sets need gripper widths, this source has none; write clips")
+        raise ValueError(
+            "formats: LeRobot data sets need gripper widths, this source has none; name their columns (--gripper) or write clips"
+        )
     folder = begin(settings, source, recipe)
     keys = list(islice(source.keys(), settings.limit))
     columns = (TextColumn("{task.description:<8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())

@@ -23,12 +23,15 @@ def segment(
     demo: str | None,
     planner: str = "rule",
     episode: str | None = None,
-    embodiment: str | None = None,
+    **hand: Any,
 ) -> Result:
-    """Skills of an instruction, of an uploaded file, or of data in the gateway's data folder; waits for a slow one."""
+    """Skills of an instruction, of an uploaded file, or of data in the gateway's data folder; waits for a slow one.
+
+    hand: `embodiment` and `gripper` of the request.
+    """
     if [instruction, file, episode].count(None) != 2:
         raise CliError("segment: give an instruction, or --file, or --episode")
-    asked = {"instruction": instruction, "episode": episode, "demo": demo, "planner": planner, "embodiment": embodiment}
+    asked = {"instruction": instruction, "episode": episode, "demo": demo, "planner": planner, **hand}
     asked = {key: value for key, value in asked.items() if value is not None}
     if file is None:
         found = gateway.call("POST", "/segment", json=asked)

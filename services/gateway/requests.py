@@ -47,6 +47,12 @@ class SegmentRequest(Body):
         pattern=r"^[^\x00-\x1f]+$",
         description="one of them: demo_3, episode_000003, a clip's name; else all",
     )
+    gripper: list[int] | None = Field(
+        None,
+        min_length=1,
+        max_length=16,
+        description="columns of a LeRobot state whose absolute values add up to the gripper's width in metres; else as it says",
+    )
 
     @field_validator("instruction")
     @classmethod
@@ -57,8 +63,9 @@ class SegmentRequest(Body):
     def _one_source(self) -> Self:
         if (self.episode is None) == (self.instruction is None):
             raise ValueError("instruction: give either instruction (with or without gripper_width_m) or episode")
-        if self.demo is not None and self.episode is None:
-            raise ValueError("demo: belongs to episode, which is missing")
+        for name in ("demo", "gripper"):
+            if getattr(self, name) is not None and self.episode is None:
+                raise ValueError(f"{name}: belongs to episode, which is missing")
         if self.frames is not None and self.gripper_width_m is None:
             raise ValueError("frames: belongs to gripper_width_m, which is missing")
         if self.gripper_width_m is not None:

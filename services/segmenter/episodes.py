@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from world2act.data.formats import FormatError, Skipped, Source, find_format
+from world2act.data.formats import FormatError, Skipped, Source, find_format, open_source
 from world2act.splits import Split
 from world2act.types import Episode
 
 
-def open_episodes(path: Path) -> Source:
-    """The source at `path`. Raises ValueError as `find_format`. Cutting trains nothing: any split will do for foreign data."""
+def open_episodes(path: Path, **options: Any) -> Source:
+    """The source at `path`. Raises ValueError as `open_source`. Cutting trains nothing: any split will do for foreign data."""
     kind = find_format(path)
-    return kind(path, None if kind.own_split else Split.WORLDMODEL)
+    return open_source(path, split=None if kind.own_split else Split.WORLDMODEL, format=kind.name, **options)
 
 
 def read_episodes(source: Source, demo: str | None, limit: int) -> Iterator[tuple[str, Episode | Skipped]]:

@@ -3,7 +3,8 @@
 Request, one of
   {"instruction", "gripper_width_m": [metres, one per frame], "task"?, "embodiment"?, "commanded_width_m"?, "planner"?}
   {"episode_uri": name of an HDF5 artifact, or "episode_path": file or folder below the data folder, "episode_stamp"?,
-   "demo": name of one | null for all, "embodiment"?, "planner"?}; episode_stamp: anything that changes when the data does
+   "demo": name of one | null for all, "embodiment"?, "gripper"?: columns of a LeRobot state that add up to the width in metres,
+   "planner"?}; episode_stamp: anything that changes when the data does
   {"instruction", "task"?, "planner"?}            skills only
 planner: "rule" (default) or "llm", which plans and aligns by the language model of the settings.
 Result: {"task", "skills": prompts (null with episodes of data), "episodes": [...], "statistics"}, an episode being {"demo",
@@ -68,6 +69,7 @@ class SegmentRequest(BaseModel):
     episode_path: str | None = Field(None, max_length=1000)
     episode_stamp: str | None = Field(None, max_length=100)
     demo: str | None = Field(None, max_length=1000)
+    gripper: list[int] | None = Field(None, max_length=16)
     planner: Literal["rule", "llm"] = "rule"
 
 
@@ -145,6 +147,8 @@ def _run(request: SegmentRequest, settings: SegmenterSettings, store: ArtifactSt
             return _of_data(path, request, settings, cutter)
     if request.demo is not None:
         raise ValueError("demo: names a demonstration of a file; episode_uri is missing")
+    if request.gripper is not None:
+        raise ValueError("gripper: names columns of a data set's state; episode_path is missing")
     if request.instruction is None:
         raise ValueError("instruction: is missing; give an instruction, widths with an instruction, or episode_uri")
     plan = cutter.planner.plan(request.instruction, request.task)
@@ -191,14 +195,14 @@ def _of_data(path: Path, request: SegmentRequest, settings: SegmenterSettings, c
     limit = settings.segment_max_demos if cutter.client is None else settings.segment_llm_max_demos
     plain = (lambda text: text.replace(path.name, "the file")) if request.episode_uri else str  # an artifact's name says nothing
     try:
-        source = open_episodes(path)
+        source = open_episodes(path, **({"gripper": request.gripper} if request.gripper else {}))
         _, hand = hand_of_source(source, request.embodiment) or (None, None)
         cut: list[Segmentation] = []
         shown: list[dict[str, Any]] = []
         skipped: list[dict[str, str]] = []
         for name, episode in read_episodes(source, request.demo, limit):
             if isinstance(episode, Skipped):
-                skipped.append({"demo": name, "reason": plain(episode.reason)})
+                skipped.append({"demo": plain(name), "reason": plain(episode.reason)})
                 continue
             try:
                 found = segment_episode(episode, calibration=hand, planner=cutter.planner, aligner=cutter.aligner)

@@ -33,9 +33,8 @@ class ExpertSettings:
     """Scenes per task."""
 
 
-def succeeds(env: base.Environment, task: str, seed: int) -> tuple[bool, int]:
-    """Whether the expert solves the scene within the task's limit, and the number of actions it took."""
-    env.reset(task, seed)
+def succeeds(env: base.Environment, task: str) -> tuple[bool, int]:
+    """Whether the expert solves the scene at hand within the task's limit, and the number of actions it took."""
     limit = env.spec.task(task).max_chunks * env.spec.chunk
     for number in range(1, limit + 1):
         if env.step(env.expert_action()[None], "none").success:
@@ -56,9 +55,10 @@ def main() -> int:
         for task in base.matching_tasks(env.spec, settings.tasks):
             results = []
             for index in range(settings.first, settings.first + settings.scenes):
+                env.reset(task, scene_seed(settings.split, index))
                 try:
-                    results.append(succeeds(env, task, scene_seed(settings.split, index)))
-                except base.InvalidInputError as error:
+                    results.append(succeeds(env, task))
+                except base.InvalidInputError as error:  # the task has no expert
                     errors.print(str(error))
                     break
                 errors.print(f"{task} {index}: {'solved' if results[-1][0] else 'FAILED'} after {results[-1][1]}")

@@ -115,6 +115,29 @@ def test_a_source_has_one_hand_whoever_cuts_it(
         assert [(s.prompt, s.start, s.end) for s in skills_of(episode)[0]] == skills_found
 
 
+def test_options_of_lerobot_data_reach_its_reader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A robot that nobody knows, whose fingers are columns 14 and 15, and whose images are mirrored."""
+    pytest.importorskip("pyarrow", reason="pyarrow is missing: pip install '.[data]'")
+    (tmp_path / "source").mkdir()
+    source = foreign.write_lerobot_v2(tmp_path / "source", [world(0, 12)])
+    info = json.loads((source / "meta/info.json").read_text())
+    (source / "meta/info.json").write_text(json.dumps({**info, "robot_type": "so101"}))
+    options = ["--source", source, "--split", "base", "--workers", 1, "--out"]
+    assert run(monkeypatch, *options, tmp_path / "none") == 0
+    (reason,) = summary(tmp_path / "none")["statistics"]["discard_reasons"]
+    assert reason.startswith("no gripper signal: ") and "--gripper" in reason
+    hand = ["--gripper", 14, 15, "--embodiment", "panda"]
+    assert run(monkeypatch, *options, tmp_path / "known", *hand, "--mirrored") == 0
+    assert summary(tmp_path / "known")["skills"] == dict.fromkeys(SKILLS, 1)
+    clip = next(e for e in open_source(tmp_path / "known/clips", split=Split.BASE).episodes() if isinstance(e, Episode))
+    patch = clip.images["grid"][0, :32, :32].mean(axis=-1)
+    assert patch[:8, -8:].mean() < 10 < 190 < patch[:8, :8].mean(), "moment 0's black corner is on the other side"
+    assert run(monkeypatch, *options, tmp_path / "wrong", "--gripper", 16) == 2
+    assert "gripper: [16] are not all columns of a state of 16" in capsys.readouterr().err
+
+
 def many(folder: Path, episodes: int) -> Path:
     folder.mkdir(parents=True)
     with h5py.File(foreign.write_libero(folder, [world(0)]) / "pick_0_demo.hdf5", "a") as file:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -125,6 +126,15 @@ LIBERO_WRONG = [
     (attribute("data", "problem_info", None), "/data: attribute problem_info is missing"),
     (attribute("data", "problem_info", "{}"), "problem_info.language_instruction: is missing or empty"),
     (attribute("data", "problem_info", "no json"), "attribute problem_info is not JSON"),
+    (attribute("data", "env_args", '{"env_kwargs": null}'), "/data: env_args.env_kwargs must be a JSON object"),
+    *(
+        (
+            attribute("data", "env_args", f'{{"env_kwargs": {{"control_freq": {value}}}}}'),
+            r"pick_0_demo.hdf5: /data: env_args.env_kwargs.control_freq: must be a number in \(0, 1000\], got ",
+        )
+        for value in ("null", "[20]", "0", "-5", "1e400", "NaN", "1001")
+    ),
+    (change("data/demo_0/actions", h5py.Empty("f8")), "/data/demo_0/actions: is empty"),
 ]
 ROBOCASA_WRONG = [
     (change("data/demo_0/actions", np.zeros((16, 7))), r"actions: shape must be \(N, 12\), got \(16, 7\)"),
@@ -148,6 +158,31 @@ def test_wrong_hdf5_is_reported_by_name(tmp_path: Path, write: Any, wrong: Calla
     assert len(reasons(path)) == 1, "the other episode is read"
 
 
+def test_the_rate_of_every_format_is_checked(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow", reason="pyarrow is missing: pip install '.[data]'")
+    for name in ("own", "robocasa", "lerobot"):
+        (tmp_path / name).mkdir()
+    foreign.write_own(tmp_path / "own", [foreign.raw(0, 7)])
+    with h5py.File(tmp_path / "own/own.hdf5", "a") as file:
+        args = json.loads(file["data"].attrs["env_args"])
+        file["data"].attrs["env_args"] = json.dumps({**args, "control_hz": None})
+    with h5py.File(foreign.write_robocasa(tmp_path / "robocasa", [foreign.raw(0, 12)]), "a") as file:
+        file["data"].attrs["env_args"] = json.dumps({"env_kwargs": {"control_freq": 0}})
+    edit_json("meta/info.json", fps=2000)(foreign.write_lerobot_v2(tmp_path / "lerobot", [foreign.raw(0, 12)]))
+    for name, words in (("own", "control_hz"), ("robocasa", "control_freq"), ("lerobot", "meta/info.json: fps")):
+        with pytest.raises(FormatError, match=rf"{words}: must be a number in \(0, 1000\], got "):
+            source = open_source(tmp_path / name, split=None if name == "own" else BASE)
+            source.read(next(source.keys()))
+
+
+def test_a_first_file_with_a_wrong_rate_does_not_say_what_the_others_must_have(tmp_path: Path) -> None:
+    foreign.write_libero(tmp_path, [foreign.raw(i, 7) for i in range(3)])
+    with h5py.File(tmp_path / "pick_0_demo.hdf5", "a") as file:
+        file["data"].attrs["env_args"] = json.dumps({"env_kwargs": {"control_freq": 0}})
+    source = open_source(tmp_path, split=BASE)
+    assert source.fps == 20 and [type(e) for e in source.episodes()] == [Skipped, Episode, Episode]
+
+
 def test_a_truncated_file_of_a_folder_is_one_skipped_item(tmp_path: Path) -> None:
     foreign.write_libero(tmp_path, [foreign.raw(i, 7) for i in range(3)])
     whole = (tmp_path / "pick_1_demo.hdf5").read_bytes()
@@ -155,6 +190,36 @@ def test_a_truncated_file_of_a_folder_is_one_skipped_item(tmp_path: Path) -> Non
     found = list(open_source(tmp_path, split=BASE).episodes())
     assert [type(e) for e in found] == [Episode, Skipped, Episode]
     assert isinstance(found[1], Skipped) and found[1].key == "pick_1_demo.hdf5" and "truncated or damaged" in found[1].reason
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_file_damaged_inside_is_one_skipped_item(tmp_path: Path, number: int) -> None:
+    """It opens; its groups cannot be listed. The first file is the one by which the format is found."""
+    foreign.write_libero(tmp_path, [foreign.raw(i, 7) for i in range(3)])
+    file = tmp_path / f"pick_{number}_demo.hdf5"
+    file.write_bytes(file.read_bytes().replace(b"TREE", b"tree"))
+    found = list(open_source(tmp_path, split=BASE).episodes())
+    assert [isinstance(e, Skipped) for e in found] == [n == number for n in range(3)]
+    (reason,) = reasons(tmp_path)
+    assert reason.startswith(f"{file.name}: is damaged: HDF5 cannot read it (")
+
+
+def test_a_folder_of_damaged_files_is_refused_by_the_first_ones_name(tmp_path: Path) -> None:
+    for name in ("b.hdf5", "a.hdf5"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(FormatError, match=r"^a\.hdf5: is not an HDF5 file"):
+        open_source(tmp_path, split=BASE)
+    foreign.write_clips(tmp_path, [foreign.raw(0, 0)])
+    assert open_source(tmp_path, split=BASE).name == "clips", "what lies beside a data set of another format is no matter"
+
+
+def test_a_demonstration_with_another_name_is_one_skipped_item(tmp_path: Path) -> None:
+    foreign.write_libero(tmp_path, [foreign.raw(i, 7) for i in range(2)])
+    with h5py.File(tmp_path / "pick_0_demo.hdf5", "a") as file:
+        file.copy("data/demo_0", "data/demo_0_old")
+    found = list(open_source(tmp_path, split=BASE).episodes())
+    assert [type(e) for e in found] == [Episode, Skipped, Episode]
+    assert reasons(tmp_path) == ["pick_0_demo.hdf5: /data/demo_0_old: a demonstration must be named demo_<number>"]
 
 
 def test_mixed_rates_are_reported(tmp_path: Path) -> None:
@@ -212,6 +277,8 @@ OUT = "../../../etc/{episode_index}.parquet"
         (edit_json("meta/info.json", data_path="/etc/{episode_index}"), "data_path: .* leads out of the data set's folder"),
         (edit_json("meta/info.json", data_path="{nothing}"), "data_path: cannot be filled for episode 0"),
         (edit_json("meta/info.json", fps=10), "fps: 10 is said, but frames are 0.05 to 0.05 s apart"),
+        (edit_json("meta/info.json", chunks_size=0), "data_path: cannot be filled for episode 0"),
+        (edit_json("meta/info.json", features={"action": {}, "x": None}), "meta/info.json: features.x must be a JSON object"),
         (cut("meta/info.json", 0.5), "meta/info.json: is missing or not JSON"),
         (cut("meta/episodes.jsonl", 0.9), "line 1 is not JSON; the file is truncated"),
         (cut("meta/tasks.jsonl", 0), "task_index 0: no instruction in meta/tasks"),
@@ -229,37 +296,151 @@ def test_wrong_lerobot_data_is_reported_by_name(tmp_path: Path, wrong: Callable[
         only(path)
 
 
-def test_pictures_in_the_parquet_file(tmp_path: Path) -> None:
-    """LeRobot features of dtype image, as openpi's LIBERO has them: state 8, action 7, two fingers."""
+def edit_row(**changes: Any) -> Callable[[Path], None]:
+    """Changes the second row of the episodes' metadata, v2 or v3."""
+    import pandas as pd
+
+    def apply(folder: Path) -> None:
+        lines, table = folder / "meta/episodes.jsonl", folder / "meta/episodes/chunk-000/file-000.parquet"
+        if lines.exists():
+            rows = [json.loads(line) for line in lines.read_text().splitlines()]
+            lines.write_text("\n".join(json.dumps(row | (changes if n == 1 else {})) for n, row in enumerate(rows)))
+        else:
+            rows = pd.read_parquet(table).to_dict("records")
+            pd.DataFrame([row | (changes if n == 1 else {}) for n, row in enumerate(rows)]).to_parquet(table)
+
+    return apply
+
+
+def edit_column(name: str, value: Any) -> Callable[[Path], None]:
+    """Changes a column of the second episode's rows, v2."""
+    import pandas as pd
+
+    def apply(folder: Path) -> None:
+        file = folder / DATA.replace("000000", "000001")
+        pd.read_parquet(file).assign(**{name: [value] * 16}).to_parquet(file)
+
+    return apply
+
+
+def cut_line(name: str) -> Callable[[Path], None]:
+    """Cuts the second line short."""
+
+    def apply(folder: Path) -> None:
+        first, second, *others = (folder / name).read_bytes().splitlines()
+        (folder / name).write_bytes(b"\n".join([first, second[:9] + b"\xff", *others]))
+
+    return apply
+
+
+def second_shard_cut(folder: Path) -> None:
+    """The second episode's metadata in a file of its own, which is truncated."""
+    import pandas as pd
+
+    first = folder / "meta/episodes/chunk-000/file-000.parquet"
+    table = pd.read_parquet(first)
+    table.drop(1).to_parquet(first)
+    second = first.with_name("file-001.parquet")
+    table[1:2].to_parquet(second)
+    second.write_bytes(second.read_bytes()[:-20])
+
+
+FROM = f"videos/{foreign.ROBOCASA_VIDEOS[0]}/from_timestamp"
+ROW = "meta/episodes/chunk-000/file-000.parquet: row 1"
+
+
+@pytest.mark.parametrize(
+    ("write", "wrong", "words"),
+    [
+        (foreign.write_lerobot_v2, edit_column("task_index", None), "episode_000001: task_index None: no instruction in"),
+        (foreign.write_lerobot_v2, edit_column("timestamp", None), "episode_000001: timestamp: values must be finite; row 0"),
+        (foreign.write_lerobot_v2, edit_column("action", [0.0] * 7), r"episode_000001: action: shape must be \(N, 12\), got"),
+        (foreign.write_lerobot_v2, edit_row(length=None), "episode_000001: has 16 rows, its metadata says None"),
+        (foreign.write_lerobot_v2, edit_row(episode_index=None), "meta/episodes.jsonl: line 2 needs episode_index"),
+        (foreign.write_lerobot_v2, edit_row(episode_index=[1]), "meta/episodes.jsonl: line 2 needs episode_index"),
+        (foreign.write_lerobot_v2, cut_line("meta/episodes.jsonl"), "meta/episodes.jsonl: line 2 is not JSON; the file is trunc"),
+        (foreign.write_lerobot_v2, cut_line("meta/tasks.jsonl"), r"episode_000001: .*\(meta/tasks.jsonl: line 2 is not JSON"),
+        (foreign.write_lerobot_v3, edit_row(length=None), "episode_000001: has 16 rows, its metadata says"),
+        (foreign.write_lerobot_v3, edit_row(episode_index=None), f"{ROW} needs episode_index"),
+        (foreign.write_lerobot_v3, edit_row(**{FROM: None}), f"episode_000001: {FROM}: must be seconds"),
+        (foreign.write_lerobot_v3, edit_row(**{FROM: float("inf")}), f"episode_000001: {FROM}: must be seconds, got inf"),
+        (foreign.write_lerobot_v3, second_shard_cut, "meta/episodes/chunk-000/file-001.parquet: .* is not a parquet file"),
+    ],
+)
+def test_one_wrong_row_of_a_lerobot_data_set_is_one_skipped_item(
+    tmp_path: Path, write: Any, wrong: Callable[[Path], None], words: str
+) -> None:
+    pytest.importorskip("pyarrow", reason="pyarrow is missing: pip install '.[data]'")
+    path = write(tmp_path, [foreign.raw(i, 12) for i in range(3)])
+    wrong(path)
+    (reason,) = reasons(path)
+    assert re.search(words, reason) and str(tmp_path) not in reason
+    assert len([e for e in open_source(path, split=BASE).episodes() if isinstance(e, Episode)]) == 2, "the others are read"
+
+
+def test_v3_metadata_without_what_all_episodes_need_is_named(tmp_path: Path) -> None:
     pd = pytest.importorskip("pandas")
     pytest.importorskip("pyarrow", reason="pyarrow is missing: pip install '.[data]'")
+    path = foreign.write_lerobot_v3(tmp_path, [foreign.raw(0, 12)])
+    (path / "meta/tasks.parquet").rename(path / "elsewhere")
+    assert reasons(path) == ["episode_000000: meta/tasks.parquet: is missing"]
+    (path / "elsewhere").rename(path / "meta/tasks.parquet")
+    file = path / "meta/episodes/chunk-000/file-000.parquet"
+    pd.read_parquet(file).drop(columns="episode_index").to_parquet(file)
+    assert reasons(path) == ["meta/episodes/chunk-000/file-000.parquet: column episode_index is missing"]
+
+
+def png(image: np.ndarray) -> bytes:
     import av
 
-    def png(image: np.ndarray) -> bytes:
-        encoder = av.CodecContext.create("png", "w")
-        encoder.width, encoder.height, encoder.pix_fmt, encoder.time_base = 32, 32, "rgb24", 1
-        return b"".join(
-            bytes(p) for p in encoder.encode(av.VideoFrame.from_ndarray(image, format="rgb24")) + encoder.encode(None)
-        )
+    encoder = av.CodecContext.create("png", "w")
+    encoder.width, encoder.height, encoder.pix_fmt, encoder.time_base = 32, 32, "rgb24", 1
+    return b"".join(bytes(p) for p in encoder.encode(av.VideoFrame.from_ndarray(image, format="rgb24")) + encoder.encode(None))
 
-    world = foreign.raw(0, 7)
-    path = foreign.write_lerobot_v2(tmp_path, [foreign.raw(0, 12)])
+
+def write_pictures(folder: Path, world: foreign.Raw, cameras: list[np.ndarray], moments: slice) -> Path:
+    """LeRobot features of dtype image, as openpi's LIBERO has them: state 8, action 7, two fingers; one row a moment."""
+    import pandas as pd
+
+    path = foreign.write_lerobot_v2(folder, [foreign.raw(0, 12)])
     features = {k: {"dtype": "image", "shape": [32, 32, 3]} for k in ("image", "wrist_image")}
     features |= {"state": {"dtype": "float32", "shape": [8]}, "action": {"dtype": "float32", "shape": [7]}}
     edit_json("meta/info.json", robot_type="panda", features=features, fps=20)(path)
-    state = np.concatenate([world.pose, foreign.fingers(world.widths)], axis=1)[:-1]
-    columns = {
-        "state": list(state),
-        "action": list(world.actions),
-        "timestamp": np.arange(16) / 20,
-        "task_index": np.zeros(16, int),
-    }
-    for camera, key in enumerate(("image", "wrist_image")):
-        columns[key] = [{"bytes": png(image), "path": None} for image in world.camera(camera)[:-1]]
+    state = np.concatenate([world.pose, foreign.fingers(world.widths)], axis=1)[moments]
+    columns = {"state": list(state), "action": list(world.actions), "timestamp": np.arange(16) / 20}
+    columns["task_index"] = np.zeros(16, int)
+    for images, key in zip(cameras, ("image", "wrist_image"), strict=True):
+        columns[key] = [{"bytes": png(image), "path": None} for image in images]
     pd.DataFrame(columns).to_parquet(path / DATA)
-    got = only(path)
+    return path
+
+
+def test_pictures_in_the_parquet_file(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow", reason="pyarrow is missing: pip install '.[data]'")
+    world = foreign.raw(0, 7)
+    got = only(write_pictures(tmp_path, world, [world.camera(0)[:-1], world.camera(1)[:-1]], slice(-1)))
     assert (got.images["primary"] == world.camera(0)[:-1]).all() and (got.images["wrist"] == world.camera(1)[:-1]).all()
     assert np.allclose(got.widths, world.widths[:-1], atol=1e-6) and got.states.shape == (16, 8)
+
+
+def test_mirrored_conversions_of_libero_show_what_libero_shows(tmp_path: Path) -> None:
+    """Their makers turned each stored image by 180 degrees; LIBERO's own are turned upside down."""
+    pytest.importorskip("pyarrow", reason="pyarrow is missing: pip install '.[data]'")
+    world = foreign.raw(0, 7)
+    for name in ("hdf5", "lerobot"):
+        (tmp_path / name).mkdir()
+    original = only(foreign.write_libero(tmp_path / "hdf5", [world]))
+    with h5py.File(tmp_path / "hdf5/pick_0_demo.hdf5") as file:
+        stored = [file[f"data/demo_0/obs/{key}"][()] for key in ("agentview_rgb", "eye_in_hand_rgb")]
+    turned = [np.rot90(images, 2, axes=(1, 2)) for images in stored]
+    path = write_pictures(tmp_path / "lerobot", world, turned, slice(1, None))
+    as_it_is, mirrored_back = only(path), only(path, mirrored=True)
+    for camera in ("primary", "wrist"):
+        assert (mirrored_back.images[camera] == original.images[camera]).all()
+        assert not (as_it_is.images[camera] == original.images[camera]).all()
+    assert np.allclose(mirrored_back.states, original.states)
+    with pytest.raises(ValueError, match="mirrored: libero data has no such option"):
+        open_source(tmp_path / "hdf5", split=BASE, mirrored=True)
 
 
 @pytest.mark.parametrize(
@@ -276,6 +457,24 @@ def test_wrong_clip_folders_are_reported(tmp_path: Path, lines: str, words: str)
     (tmp_path / "metadata.csv").write_text(lines)
     with pytest.raises(FormatError, match=words):
         only(tmp_path)
+
+
+@pytest.mark.parametrize("spans", ['{"T": []}', '{"T": {"1": null}}', '{"T": {"1": {"0": {"start": null}}}}'])
+def test_odd_times_of_clips_are_reported(tmp_path: Path, spans: str) -> None:
+    foreign.write_clips(tmp_path, [foreign.raw(i, 0) for i in range(3)])
+    (tmp_path / "video_metadata.json").write_text(spans.replace("T", "PnPCounterToCab"))
+    skipped = reasons(tmp_path)
+    assert 1 <= len(skipped) <= 2 and all("_aa_0: video_metadata.json: must be {task: {demo: " in r for r in skipped)
+
+
+def test_what_no_reader_foresaw_is_one_skipped_item(tmp_path: Path) -> None:
+    """An attribute without a value, where any would do but none."""
+    foreign.write_own(tmp_path, [foreign.raw(i, 7) for i in range(2)])
+    with h5py.File(tmp_path / "own.hdf5", "a") as file:
+        file["data/demo_0"].attrs["index"] = h5py.Empty("i8")
+    (skipped, good) = open_source(tmp_path).episodes()
+    assert isinstance(skipped, Skipped) and isinstance(good, Episode)
+    assert skipped.reason.startswith("own.hdf5:demo_0: its metadata is malformed (TypeError: ")
 
 
 @pytest.mark.parametrize("names", ["robocasa", "libero"])

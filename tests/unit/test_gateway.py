@@ -193,11 +193,12 @@ def test_episode_paths_stay_in_the_data_folder(client: TestClient, data: Path, v
     assert client.post("/segment", json={"episode": "inside.hdf5"}).status_code == 202
     (data / "set/meta").mkdir(parents=True)
     (data / "set/meta/info.json").write_text("{}")
-    assert client.post("/segment", json={"episode": "set", "demo": "episode_000003"}).status_code == 202
+    assert client.post("/segment", json={"episode": "set", "demo": "episode_000003", "gripper": [14, 15]}).status_code == 202
     message = json.loads(str(valkey.lindex("segment", 0)))
     request = json.loads(base64.b64decode(message["body"]))[1]["request"]
     before = request.pop("episode_stamp")
-    assert request == {"episode_path": "set", "demo": "episode_000003"}, "by its place: nothing is copied"
+    assert request == {"episode_path": "set", "demo": "episode_000003", "gripper": [14, 15]}, "by its place: nothing is copied"
+    problem(client.post("/segment", json={"instruction": "open the drawer", "gripper": [6]}), 422, "gripper", "episode")
     (data / "set/meta/info.json").write_text('{"fps": 20}')
     assert client.post("/segment", json={"episode": "set"}).status_code == 202
     message = json.loads(str(valkey.lindex("segment", 0)))

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from services.simulator import experts
 from services.simulator.envs import libero_files as files
 from services.simulator.envs.base import InvalidInputError
 
@@ -71,6 +72,18 @@ def test_an_archive_is_unpacked_once_and_marked(tmp_path: Path, monkeypatch: pyt
     assert "NOT comparable" in (first / files.STAND_IN_MARK).read_text()
     assert files.assets() == first and (first / files.STAND_IN_MARK).stat().st_mtime_ns == stamp
     assert list((tmp_path / "run").iterdir()) == [first], "no temporary folder stays"
+
+
+def test_experts_cannot_be_measured_without_meshes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("libero", reason="hf-libero is missing: scripts/setup.sh libero")
+    monkeypatch.setenv("W2A_LIBERO_ASSETS", str(tmp_path))
+    task = "libero_object-pick_up_the_milk_and_place_it_in_the_basket"
+    monkeypatch.setattr("sys.argv", ["experts", "--tasks", task, "--scenes", "1"])
+    assert experts.main() == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.startswith("error W2A_LIBERO_ASSETS: ") and "no expert" not in said
 
 
 def test_bad_assets_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -163,6 +163,32 @@ def test_one_bad_demonstration_is_skipped_by_name(desk: Desk, tmp_path: Path) ->
     assert "dataset obs/robot0_base_quat is missing" in reasons["demo_2"] and "sha256" not in str(reasons)
 
 
+def test_odd_metadata_is_skipped_or_refused_in_a_sentence(desk: Desk, tmp_path: Path) -> None:
+    path = foreign.write_libero(tmp_path, [grasp(7)]) / "pick_0_demo.hdf5"
+    with h5py.File(path, "a") as file:
+        file.copy("data/demo_0", "data/demo_0_old")
+    result = desk.upload(path)
+    reason = "the file: /data/demo_0_old: a demonstration must be named demo_<number>"
+    assert len(result["episodes"]) == 1 and result["skipped"] == [{"demo": "demo_0_old", "reason": reason}]
+    for args in ("null", '{"control_freq": 0}'):
+        with h5py.File(path, "a") as file:
+            file["data"].attrs["env_args"] = f'{{"env_kwargs": {args}}}'
+        assert desk.upload(path)["error"].startswith("episode: demo_0: the file: /data: env_args.env_kwargs")
+
+
+def test_a_damaged_uploads_place_in_the_store_is_not_told(desk: Desk, tmp_path: Path) -> None:
+    path = foreign.write_libero(tmp_path, [grasp(7)]) / "pick_0_demo.hdf5"
+    path.write_bytes(path.read_bytes().replace(b"TREE", b"tree"))
+    with path.open("rb") as file:
+        name = desk.store.put_file(file, "hdf5")
+    assert desk.ask(episode_uri=name)["error"].startswith("episode: the file: is damaged: HDF5 cannot read it (")
+    with h5py.File(path, "w") as file:
+        file.create_group("data").attrs["problem_info"] = "{}"
+        file["data/demo_0"] = file["data/demo_1"] = np.zeros(3)
+    error = desk.upload(path)["error"]
+    assert name not in error and "sha256" not in error
+
+
 def drop(key: str) -> Callable[[h5py.File], None]:
     def apply(file: h5py.File) -> None:
         del file[key]
@@ -235,6 +261,21 @@ def test_an_unknown_hand_must_be_named(desk: Desk) -> None:
         "embodiment: the hand of 'octopus' is not known; name the one to use (metaworld" in desk.ask(episode_path="set")["error"]
     )
     check_pick(one(desk.ask(episode_path="set", embodiment="panda")), 20)
+
+
+def test_an_unknown_robots_gripper_may_be_named(desk: Desk) -> None:
+    pytest.importorskip("pyarrow", reason="pyarrow is missing: pip install '.[data]'")
+    for name in ("set", "libero"):
+        (desk.data / name).mkdir()
+    path = foreign.write_lerobot_v2(desk.data / "set", [grasp(12)])
+    info = json.loads((path / "meta/info.json").read_text())
+    (path / "meta/info.json").write_text(json.dumps({**info, "robot_type": "so101"}))
+    assert "no gripper signal" in one(desk.ask(episode_path="set"))["discarded"]
+    check_pick(one(desk.ask(episode_path="set", embodiment="panda", gripper=[14, 15])), 20)
+    assert "gripper: [16] are not all columns of a state of 16" in desk.ask(episode_path="set", gripper=[16])["error"]
+    foreign.write_libero(desk.data / "libero", [grasp(7)])
+    assert desk.ask(episode_path="libero", gripper=[6, 7])["error"] == "gripper: libero data has no such option"
+    assert desk.ask(instruction=PICK, gripper=[6])["error"].startswith("gripper: names columns of a data set's state")
 
 
 def test_memory_does_not_grow_with_an_upload(desk: Desk, tmp_path: Path) -> None:

@@ -85,7 +85,11 @@ class ClipFolderSource(Source):
             raise FormatError(f"{key}: has {frames} frames, 2 at least are needed")
         parts = match.groupdict()
         demo, number = parts["demo"], parts.get("aa") or parts["order"]
-        span = self.spans.get(parts["task"], {}).get(demo, {}).get(number, {})
+        try:
+            span = self.spans.get(parts["task"], {}).get(demo, {}).get(number, {})
+            told = {name: str(int(span[name])) for name in ("start", "end") if name in span}
+        except (AttributeError, TypeError, ValueError, ArithmeticError):
+            raise FormatError(f"{key}: video_metadata.json: must be {{task: {{demo: {{number: {{start, end}}}}}}}}") from None
         return Episode(
             task=parts["task"],
             split=str(self.split),
@@ -96,7 +100,7 @@ class ClipFolderSource(Source):
             widths=np.full(frames, np.nan, np.float32),
             actions=np.zeros((frames - 1, 0), np.float32),
             success=True,
-            meta={"fps": f"{fps:g}", "order": number, **{k: str(int(span[k])) for k in ("start", "end") if k in span}},
+            meta={"fps": f"{fps:g}", "order": number, **told},
         )
 
 

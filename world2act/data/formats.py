@@ -12,6 +12,7 @@ N - 1 actions.
 from __future__ import annotations
 
 import importlib
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
@@ -36,6 +37,7 @@ FORMATS: dict[str, str] = {
 
 MAX_WIDTH = 0.5
 """Metres. A wider gripper means that the file's widths are in another unit, most likely millimetres."""
+MAX_FPS = 1000
 
 
 class FormatError(ValueError):
@@ -73,7 +75,8 @@ class Source(ABC):
     @classmethod
     @abstractmethod
     def detect(cls, path: Path) -> bool:
-        """Whether `path` is of this format, by what cannot be missing from it. Reads little."""
+        """Whether `path` is of this format, by what cannot be missing from it. Reads little. Raises FormatError where all that it
+        could look at is damaged."""
 
     @abstractmethod
     def keys(self) -> Iterator[str]:
@@ -130,11 +133,16 @@ class Source(ABC):
     def _checked(self, key: str, images: bool) -> Episode:
         try:
             episode = self._read(key, images)
+            check_fps(float(episode.meta["fps"]), "fps")
             check_episode(replace(episode, widths=np.nan_to_num(episode.widths)) if no_widths(episode) else episode)
-        except (FormatError, LeakageError):
+        except LeakageError:
             raise
-        except (ValueError, OSError, RuntimeError, KeyError) as error:  # the last two: h5py's words for damage
+        except (ValueError, OSError, RuntimeError) as error:
+            if isinstance(error, FormatError) and key.partition(":")[0] in str(error):
+                raise
             raise FormatError(f"{key}: {error}") from error
+        except (TypeError, AttributeError, LookupError, ArithmeticError) as error:  # as of a null in a number's place
+            raise FormatError(f"{key}: its metadata is malformed ({type(error).__name__}: {error})") from error
         common = {"format": self.name, "source": self.path.name, "key": key, "robot": self.robot}
         return replace(episode, meta={**episode.meta, **common})
 
@@ -142,18 +150,25 @@ class Source(ABC):
 def open_source(path: Path | str, *, split: Split | None = None, format: str | None = None, **options: Any) -> Source:
     """The source at `path`. split: what foreign data may be used for; our own files carry theirs, which must then agree.
 
-    options: the format's own (`LeRobotSource`: gripper). Raises FormatError as `find_format`; ValueError if a split is needed.
+    options: the format's own (`LeRobotSource`: gripper, mirrored). Raises FormatError as `find_format`; ValueError if a split is
+    needed, or for an option that the format does not have.
     """
-    return find_format(Path(path), format)(Path(path), split, **options)
+    kind = find_format(Path(path), format)
+    if wrong := options.keys() - inspect.signature(kind).parameters.keys():
+        raise ValueError(f"{min(wrong)}: {kind.name} data has no such option")
+    return kind(Path(path), split, **options)
 
 
 def find_format(path: Path, format: str | None = None) -> type[Source]:
-    """The kind of source at `path`. Raises FormatError if there is nothing, no format fits, or `format` is unknown."""
+    """The kind of source at `path`. Raises FormatError if there is nothing, if all there is is damaged, if no format fits, or if
+    `format` is unknown.
+    """
     if not path.exists():
         raise FormatError(f"{path.name}: no such file or folder")
     if format is not None and format not in FORMATS:
         raise FormatError(f"format: {format[:40]!r} is unknown; choose one of {', '.join(FORMATS)}")
-    known = []
+    known: list[str] = []
+    damaged: FormatError | None = None
     for name in [format] if format else FORMATS:
         module, attribute = FORMATS[name].split(":")
         try:
@@ -161,9 +176,14 @@ def find_format(path: Path, format: str | None = None) -> type[Source]:
         except ImportError as error:
             known.append(f"{name} (not readable here: {error.name} is missing, pip install 'world2act[data]')")
             continue
-        if format or kind.detect(path):
-            return kind
+        try:
+            if format or kind.detect(path):
+                return kind
+        except FormatError as error:
+            damaged = damaged or error
         known.append(f"{name} ({kind.signs})")
+    if damaged is not None:
+        raise damaged
     raise FormatError(f"{path.name}: no known format fits. Known: {'; '.join(known)}")
 
 
@@ -178,6 +198,13 @@ def inside(root: Path, name: str, field: str) -> Path:
 def no_widths(episode: Episode) -> bool:
     """Whether the source has no gripper width."""
     return bool(np.isnan(episode.widths).all())
+
+
+def check_fps(value: Any, field: str) -> float:
+    """`value`, frames a second. Raises FormatError, naming `field`, unless it is a number in (0, MAX_FPS]."""
+    if not isinstance(value, int | float) or not 0 < value <= MAX_FPS:
+        raise FormatError(f"{field}: must be a number in (0, {MAX_FPS}], got {str(value)[:20]}")
+    return value
 
 
 def check_episode(episode: Episode, chunk: int = 1, cameras: Collection[str] | None = None) -> None:

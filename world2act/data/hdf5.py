@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
-from world2act.data.formats import FormatError, Source
+from world2act.data.formats import FormatError, Source, check_fps
 from world2act.types import Episode
 
 MAX_DATASET_BYTES = 2**30
@@ -22,26 +23,45 @@ MAX_DATASET_BYTES = 2**30
 SUFFIXES = (".hdf5", ".h5")
 
 
-def open_file(path: Path) -> h5py.File:
-    """`path` opened to read. Raises FormatError if it is missing, not HDF5, truncated or damaged."""
+@contextmanager
+def open_file(path: Path) -> Iterator[h5py.File]:
+    """`path` opened to read. Raises FormatError if it is missing, not HDF5, truncated, or found damaged while it is read."""
     path = Path(path)
     if not path.is_file():
         raise FormatError(f"{path.name}: no such file")
     if not h5py.is_hdf5(path):
         raise FormatError(f"{path.name}: is not an HDF5 file")
     try:
-        return h5py.File(path, "r")
+        file = h5py.File(path, "r")
     except OSError as error:
         raise FormatError(f"{path.name}: cannot be opened as HDF5; it is truncated or damaged") from error
+    with file:
+        try:
+            yield file
+        except (OSError, RuntimeError, KeyError) as error:  # h5py's words for damage
+            raise FormatError(f"{path.name}: is damaged: HDF5 cannot read it ({error})") from error
 
 
 def demos(file: h5py.File, path: Path) -> list[str]:
-    """Names of the demonstrations, /data/demo_<number>, in the order of their numbers."""
-    data = item(file, "data", h5py.Group, path)
-    try:
-        return sorted((n for n in data if n.startswith("demo_")), key=lambda n: int(n.removeprefix("demo_")))
-    except ValueError as error:
-        raise FormatError(f"{path.name}: /data: demonstrations must be named demo_<number>") from error
+    """Names of the demonstrations, /data/demo_<number>, in the order of their numbers; those that `demo` refuses come last."""
+    named = {n: n.removeprefix("demo_") for n in item(file, "data", h5py.Group, path) if n.startswith("demo_")}
+    return sorted(named, key=lambda n: (0, int(named[n])) if named[n].isdecimal() else (1, n))
+
+
+def demo(file: h5py.File, name: str, path: Path) -> h5py.Group:
+    """Demonstration `name`. Raises FormatError if it is missing or not named demo_<number>."""
+    if not name.removeprefix("demo_").isdecimal():
+        raise FormatError(f"{path.name}: /data/{name}: a demonstration must be named demo_<number>")
+    group: h5py.Group = item(file, f"data/{name}", h5py.Group, path)
+    return group
+
+
+def control_hz(env_args: Mapping[str, Any], default: float, path: Path) -> float:
+    """Frames a second, where robosuite's env_args say them."""
+    kwargs = env_args.get("env_kwargs", {})
+    if not isinstance(kwargs, dict):
+        raise FormatError(f"{path.name}: /data: env_args.env_kwargs must be a JSON object")
+    return check_fps(kwargs.get("control_freq", default), f"{path.name}: /data: env_args.env_kwargs.control_freq")
 
 
 def attr(item: h5py.Group, name: str, path: Path) -> Any:
@@ -83,6 +103,8 @@ def array(group: h5py.Group, key: str, dtype: type | str, path: Path) -> npt.NDA
     """Dataset `key` in memory. dtype: the dtype it must have, or "float" for any real numbers, which come back as float32."""
     dataset = item(group, key, h5py.Dataset, path)
     where = f"{path.name}: {group.name}/{key}"
+    if dataset.shape is None:
+        raise FormatError(f"{where}: is empty")
     if dataset.external or dataset.is_virtual:
         raise FormatError(f"{where}: is stored in another file; the data must be in the file itself")
     if dataset.dtype.kind not in "fiu" if dtype == "float" else dataset.dtype != dtype:
@@ -123,14 +145,17 @@ class Hdf5Source(Source):
 
     @classmethod
     def detect(cls, path: Path) -> bool:
-        """By the first file that can be opened. Raises FormatError for a single damaged file."""
+        """By the first file that can be read. Raises FormatError, naming the first, if there are files and none can."""
+        damaged: FormatError | None = None
         for candidate in files(path):
             try:
                 with open_file(candidate) as file:
-                    return isinstance(file.get("data"), h5py.Group) and cls.detect_file(file)
-            except FormatError:
-                if path.is_file():
-                    raise
+                    here = isinstance(file.get("data", getlink=True), h5py.HardLink)
+                    return here and isinstance(file["data"], h5py.Group) and cls.detect_file(file)
+            except FormatError as error:
+                damaged = damaged or error
+        if damaged is not None:
+            raise damaged
         return False
 
     def keys(self) -> Iterator[str]:
@@ -142,13 +167,15 @@ class Hdf5Source(Source):
             except FormatError:
                 yield name
                 continue
-            yield from (f"{name}:{demo}" for demo in numbered)
+            yield from (f"{name}:{n}" for n in numbered)
 
     def _read(self, key: str, images: bool) -> Episode:
-        name, _, demo = key.partition(":")
+        name, _, numbered = key.partition(":")
         path = self.path if self.path.is_file() else self.path / name
         with open_file(path) as file:
-            return self._demo(item(file, f"data/{demo}" if demo else "data", h5py.Group, path), path, images)
+            if not numbered:
+                demos(file, path)  # raises what `keys` met
+            return self._demo(demo(file, numbered, path), path, images)
 
 
 def files(path: Path) -> list[Path]:

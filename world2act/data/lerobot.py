@@ -13,13 +13,16 @@ called gripper somewhere may be anything from a percentage to radians.
 
 RoboCasa365 (robot PandaOmron) keeps actions in its own order (robocasa.COLUMNS_365, or as meta/modality.json says); they are put
 into that of world2act/data/robocasa.py. The two LIBERO conversions in use (observation.images.image, image) are upright but
-mirrored, since their makers turned the images by 180 degrees; nothing in the files says so, and they are left as they are.
+mirrored left to right, since their makers turned images by 180 degrees which an up-down flip makes upright. Nothing in the files
+says so: they are left as they are unless the caller says `mirrored`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,7 +31,7 @@ import numpy as np
 import numpy.typing as npt
 
 from world2act.data import robocasa
-from world2act.data.formats import FormatError, Source, inside
+from world2act.data.formats import FormatError, Source, check_fps, inside
 from world2act.data.video import decode_image, read_video
 from world2act.splits import Split
 from world2act.types import Episode, FloatArray, ImageArray
@@ -39,21 +42,31 @@ INFO = ("codebase_version", "fps", "features", "data_path")
 KEY = "episode_"
 WIDTH, SUCCESS = "observation.gripper_width", "next.success"
 TASK_COLUMN, ROBOCASA_TASK = "task_name", "annotation.human.task_name"
+Row = dict[str, Any] | str
+"""A row of the metadata, or why it cannot be read."""
 
 
 class LeRobotSource(Source):
-    """See the module. Episode.index is LeRobot's episode_index; keys are episode_<six digits>."""
+    """See the module. Episode.index is LeRobot's episode_index; keys are episode_<six digits>.
+
+    A file or row of the episodes' metadata that cannot be read has one key, its place: it is reported as one skipped item.
+    """
 
     name = "lerobot"
     signs = "folder with meta/info.json"
 
-    def __init__(self, path: Path, split: Split | None = None, gripper: Sequence[int] | None = None) -> None:
-        """gripper: indices into observation.state whose absolute values add up to the width in metres."""
+    def __init__(self, path: Path, split: Split | None = None, gripper: Sequence[int] = (), mirrored: bool = False) -> None:
+        """gripper: indices into observation.state whose absolute values add up to the width in metres. mirrored: all images are
+        mirrored left to right, and are to be mirrored back."""
         super().__init__(path, split)
-        self.gripper = gripper
+        self.gripper = list(gripper)
+        self.mirrored = mirrored
         self.info = self._info()
         self.features: dict[str, dict[str, Any]] = self.info["features"]
         self.modality = self._modality()
+        size = self._size(self._state)
+        if size is not None and not all(0 <= i < size for i in self.gripper):
+            raise FormatError(f"gripper: {self.gripper} are not all columns of a state of {size}")
 
     @property
     def robot(self) -> str:
@@ -65,34 +78,38 @@ class LeRobotSource(Source):
         return (path / "meta" / "info.json").is_file()
 
     def keys(self) -> Iterator[str]:
-        return (f"{KEY}{index:06d}" for index in self.index)
+        return iter(self.index)
 
     @cached_property
-    def index(self) -> dict[int, dict[str, Any]]:
-        """episode_index -> its row in the metadata, without statistics: some hundred bytes an episode."""
-        if not self._is_v3:
-            rows = _json_lines(self.path / "meta" / "episodes.jsonl", ("episode_index", "length"))
-            return {int(row["episode_index"]): row for row in rows}
-        found: dict[int, dict[str, Any]] = {}
-        files = sorted((self.path / "meta" / "episodes").glob("*/*.parquet"))
+    def index(self) -> dict[str, Row]:
+        """Key -> the episode's row in the metadata, without statistics: some hundred bytes an episode."""
+        meta = self.path / "meta"
+        files = sorted((meta / "episodes").glob("*/*.parquet")) if self._is_v3 else [meta / "episodes.jsonl"]
         if not files:
             raise FormatError(f"{self.path.name}: meta/episodes: has no parquet file")
-        for file in files:
-            names = [n for n in _parquet_names(file) if not n.startswith("stats/")]
-            found.update((int(row["episode_index"]), row) for row in _parquet(file, names).to_pylist())
-        return found
+        read = _episode_rows if self._is_v3 else _json_lines
+        rows = _by_number((row for file in files for row in read(file, self.path)), "episode_index")
+        return {n if isinstance(n, str) else f"{KEY}{n:06d}": row for n, row in rows.items()}
 
     @cached_property
-    def tasks(self) -> dict[int, str]:
-        """task_index -> instruction."""
-        if not self._is_v3:
-            rows = _json_lines(self.path / "meta" / "tasks.jsonl", ("task_index", "task"))
-            return {int(row["task_index"]): str(row["task"]) for row in rows}
-        file = self.path / "meta" / "tasks.parquet"
-        names = _parquet_names(file)
-        text = "task" if "task" in names else "__index_level_0__"  # pandas' name for an index without one
-        table = _parquet(file, [text, "task_index"])
-        return dict(zip(table["task_index"].to_pylist(), map(str, table[text].to_pylist()), strict=True))
+    def tasks(self) -> dict[int | str, str]:
+        """task_index -> instruction; and of a row that cannot be read, under its place, why."""
+        text = "task"
+        if self._is_v3:
+            file = self.path / "meta" / "tasks.parquet"
+            text = text if text in _parquet_names(file) else "__index_level_0__"  # pandas' name for an index without one
+            table = _parquet(file, [text, "task_index"]).to_pylist()
+            rows = _by_number(((f"meta/{file.name}: row {n}", row) for n, row in enumerate(table)), "task_index")
+        else:
+            rows = _by_number(_json_lines(self.path / "meta" / "tasks.jsonl", self.path), "task_index")
+        return {n: row if isinstance(row, str) else str(row.get(text) or "").strip() for n, row in rows.items()}
+
+    def _instruction(self, key: str, number: Any) -> str:
+        found = self.tasks.get(number)
+        if not found:
+            unread = next((f" ({why})" for place, why in self.tasks.items() if isinstance(place, str)), "")
+            raise FormatError(f"{key}: task_index {str(number)[:20]}: no instruction in meta/tasks{unread}")
+        return found
 
     @property
     def _is_v3(self) -> bool:
@@ -105,10 +122,12 @@ class LeRobotSource(Source):
             raise FormatError(f"{self.path.name}: meta/info.json lacks {', '.join(missing)}")
         if str(info["codebase_version"])[:2] not in ("v2", "v3"):
             raise FormatError(f"{self.path.name}: codebase_version: {str(info['codebase_version'])[:20]!r}; v2 and v3 are read")
-        if not isinstance(info["fps"], int | float) or not 0 < info["fps"] <= 1000:
-            raise FormatError(f"{self.path.name}: fps: {str(info['fps'])[:20]} must be in (0, 1000]")
+        check_fps(info["fps"], f"{self.path.name}: meta/info.json: fps")
         if not isinstance(info["features"], dict) or "action" not in info["features"]:
             raise FormatError(f"{self.path.name}: meta/info.json: features lacks action")
+        for name, about in info["features"].items():
+            if not isinstance(about, dict):
+                raise FormatError(f"{self.path.name}: meta/info.json: features.{name[:80]} must be a JSON object")
         return info
 
     def _modality(self) -> dict[str, dict[str, slice]]:
@@ -120,21 +139,23 @@ class LeRobotSource(Source):
             for kind in ("state", "action"):
                 found[kind] = {n: slice(int(p["start"]), int(p["end"])) for n, p in content.get(kind, {}).items()}
             return found
-        except (TypeError, KeyError, AttributeError, ValueError):
+        except (TypeError, KeyError, AttributeError, ValueError, ArithmeticError):
             raise FormatError(f"{self.path.name}: meta/modality.json: parts of state and action need start and end") from None
 
     def _read(self, key: str, images: bool) -> Episode:
-        index = int(key.removeprefix(KEY))
-        row = self.index[index]
+        row = self.index[key]
+        if isinstance(row, str):
+            raise FormatError(row)
+        index = int(row["episode_index"])
         columns = self._columns(index, row, images)
         rows = len(columns["action"])
-        if rows != int(row["length"]) or rows < 2:
-            raise FormatError(f"{key}: has {rows} rows, its metadata says {row['length']}; 2 at least are needed")
+        if rows != row.get("length") or rows < 2:
+            raise FormatError(f"{key}: has {rows} rows, its metadata says {row.get('length')}; 2 at least are needed")
         self._check_times(key, np.asarray(columns["timestamp"], np.float64))
         states, actions = self._vector(columns, self._state), self._vector(columns, "action")
-        instruction = self.tasks.get(int(columns["task_index"][0]), "").strip()
-        if not instruction:
-            raise FormatError(f"{key}: task_index {columns['task_index'][0]}: no instruction in meta/tasks")
+        instruction = self._instruction(key, columns["task_index"][0])
+        flip = -1 if self.mirrored else 1
+        seen = {camera: self._frames(feature, row, index, columns, rows) for camera, feature in self._cameras(images)}
         success = columns.get(SUCCESS)
         order = self._robocasa_order(actions.shape[1])
         meta, cues = {"fps": f"{self.info['fps']:g}"}, {}
@@ -147,7 +168,7 @@ class LeRobotSource(Source):
             split=str(self.split),
             index=index,
             instruction=instruction,
-            images={camera: self._frames(feature, row, index, columns, rows) for camera, feature in self._cameras(images)},
+            images={camera: np.ascontiguousarray(image[:, :, ::flip]) for camera, image in seen.items()},
             states=states,
             widths=self._widths(columns, states, actions.shape[1]),
             actions=np.ascontiguousarray(actions[:-1]),
@@ -193,12 +214,17 @@ class LeRobotSource(Source):
             else:
                 values |= {"episode_index": index, "episode_chunk": index // int(self.info.get("chunks_size", 1000))}
             name = str(self.info[template]).format(**values)
-        except (KeyError, ValueError, IndexError, AttributeError, TypeError) as error:
+        except (LookupError, ValueError, AttributeError, TypeError, ArithmeticError) as error:
             raise FormatError(f"{self.path.name}: {template}: cannot be filled for episode {index} ({error})") from None
         file = inside(self.path, name, template)
         if not file.is_file():
             raise FormatError(f"{KEY}{index:06d}: {name}: no such file")
         return file
+
+    def _size(self, name: str) -> int | None:
+        """How many numbers a vector has, where info.json says it."""
+        shape = self.features.get(name, {}).get("shape")
+        return shape[0] if isinstance(shape, list) and shape and isinstance(shape[0], int) else None
 
     def _vector(self, columns: Mapping[str, Any], name: str) -> FloatArray:
         """A column of vectors, float32 (N, size), of the size that info.json says."""
@@ -209,12 +235,14 @@ class LeRobotSource(Source):
         except (ValueError, TypeError):
             raise FormatError(f"{name}: rows must be numbers, as many in each") from None
         values = values[:, None] if values.ndim == 1 else values
-        size = (self.features.get(name, {}).get("shape") or [values.shape[-1]])[0]
-        if values.ndim != 2 or values.shape[1] != size:
+        size = self._size(name)
+        if values.ndim != 2 or size not in (None, values.shape[1]):
             raise FormatError(f"{name}: shape must be (N, {size}), got {values.shape}")
         return values
 
     def _check_times(self, key: str, times: npt.NDArray[np.float64]) -> None:
+        if not np.isfinite(times).all():
+            raise FormatError(f"{key}: timestamp: values must be finite; row {np.argmin(np.isfinite(times))} is not")
         steps, wanted = np.diff(times), 1 / float(self.info["fps"])
         if (np.abs(steps - wanted) > 0.1 * wanted).any():
             low, high = steps.min(), steps.max()
@@ -237,10 +265,8 @@ class LeRobotSource(Source):
         part = self.modality["state"].get("gripper_qpos")
         if WIDTH in columns:
             return np.asarray(columns[WIDTH], np.float32).reshape(-1)
-        if self.gripper is not None:
-            if not all(0 <= i < size for i in self.gripper):
-                raise FormatError(f"gripper: {list(self.gripper)} are not all columns of a state of {size}")
-            fingers = states[:, list(self.gripper)]
+        if self.gripper:
+            fingers = states[:, self.gripper]
         elif part is not None:
             fingers = states[:, part]
         elif robot == "PandaOmron" and size == 16:
@@ -257,7 +283,7 @@ class LeRobotSource(Source):
         if row.get(TASK_COLUMN):
             return str(row[TASK_COLUMN])
         if ROBOCASA_TASK in columns:
-            return self.tasks.get(int(columns[ROBOCASA_TASK][0]), instruction)
+            return self.tasks.get(columns[ROBOCASA_TASK][0]) or instruction
         return instruction
 
     def _frames(self, feature: str, row: Mapping[str, Any], index: int, columns: Mapping[str, Any], rows: int) -> ImageArray:
@@ -269,7 +295,9 @@ class LeRobotSource(Source):
                 raise FormatError(f"{KEY}{index:06d}: {feature}: pictures must be in the parquet file itself")
             return np.stack([decode_image(p) for p in pictures])
         prefix = f"videos/{feature}"
-        start = float(row.get(f"{prefix}/from_timestamp", 0.0)) if self._is_v3 else 0.0
+        start = row.get(f"{prefix}/from_timestamp", 0.0) if self._is_v3 else 0.0
+        if not isinstance(start, int | float) or not math.isfinite(start):
+            raise FormatError(f"{KEY}{index:06d}: {prefix}/from_timestamp: must be seconds, got {start}")
         try:
             return read_video(self._file("video_path", index, row, prefix), rows, start, float(self.info["fps"]))
         except FormatError:
@@ -281,27 +309,54 @@ class LeRobotSource(Source):
 def _json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         raise FormatError(f"meta/{file.name}: is missing or not JSON") from None
     if not isinstance(content, dict):
         raise FormatError(f"meta/{file.name}: must be a JSON object")
     return content
 
 
-def _json_lines(file: Path, needed: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    """Objects of a JSON lines file, each with the fields `needed`."""
+def _json_lines(file: Path, root: Path) -> Iterator[tuple[str, Row]]:
+    """(its place, content) of each line of a JSON lines file."""
+    name = file.relative_to(root).as_posix()
     if not file.is_file():
-        raise FormatError(f"meta/{file.name}: is missing")
-    with file.open(encoding="utf-8") as lines:
+        raise FormatError(f"{name}: is missing")
+    with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
+            place = f"{name}: line {number}"
             try:
                 content = json.loads(line) if line.strip() else None
-            except ValueError:
-                raise FormatError(f"meta/{file.name}: line {number} is not JSON; the file is truncated or damaged") from None
+            except (ValueError, RecursionError):
+                yield place, f"{place} is not JSON; the file is truncated or damaged"
+                continue
             if content is not None:
-                if not isinstance(content, dict) or not set(needed) <= set(content):
-                    raise FormatError(f"meta/{file.name}: line {number} needs {', '.join(needed)}")
-                yield content
+                yield place, content if isinstance(content, dict) else {}
+
+
+def _episode_rows(file: Path, root: Path) -> Iterator[tuple[str, Row]]:
+    """(its place, content) of each row of a parquet file of episodes, without statistics."""
+    name = file.relative_to(root).as_posix()
+    try:
+        names = [n for n in _parquet_names(file) if not n.startswith("stats/")]
+        if "episode_index" not in names:
+            raise FormatError(f"{name}: column episode_index is missing")
+        rows = _parquet(file, names).to_pylist()
+    except ValueError as error:
+        yield name, str(error)
+        return
+    yield from ((f"{name}: row {number}", row) for number, row in enumerate(rows))
+
+
+def _by_number(rows: Iterable[tuple[str, Row]], field: str) -> dict[int | str, Row]:
+    """Rows by their whole number `field`; what is wrong with others, by their place."""
+    found: dict[int | str, Row] = {}
+    for place, row in rows:
+        value = row.get(field) if isinstance(row, dict) else None
+        if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):  # pandas: integers beside a null
+            found[int(value)] = row
+        else:
+            found[place] = row if isinstance(row, str) else f"{place} needs {field}, a whole number"
+    return found
 
 
 def _parquet(file: Path, columns: list[str], where: tuple[str, int] | None = None) -> Any:
@@ -319,6 +374,8 @@ def _parquet_names(file: Path) -> list[str]:
         import pyarrow.parquet
     except ImportError:
         raise FormatError("pyarrow is missing: LeRobot data needs pip install 'world2act[data]'") from None
+    if not file.is_file():
+        raise FormatError(f"{file.parent.name}/{file.name}: is missing")
     try:
         return list(pyarrow.parquet.read_schema(file).names)
     except (pyarrow.ArrowException, OSError) as error:
@@ -327,4 +384,6 @@ def _parquet_names(file: Path) -> list[str]:
 
 def _first_line(error: Exception) -> str:
     """What pyarrow says, without the path that an OSError carries."""
-    return (error.strerror or "truncated") if isinstance(error, OSError) else str(error).splitlines()[0][:120]
+    if isinstance(error, OSError):
+        return os.strerror(error.errno) if error.errno else "truncated"
+    return str(error).splitlines()[0][:120]

@@ -47,6 +47,7 @@ class LiberoSource(hdf5.Hdf5Source):
         pose = hdf5.rows(group, "obs/ee_states", (rows, 6), "float", path)
         flip = -1 if data.attrs.get("macros_image_convention", "opengl") == "opengl" else 1
         seen = {c: hdf5.rows(group, f"obs/{k}", (rows, None, None, 3), np.uint8, path) for c, k in CAMERAS.items() if images}
+        env_args = hdf5.json_attr(data, "env_args", path) if "env_args" in data.attrs else {}
         rewards = hdf5.rows(group, "rewards", (rows,), "float", path) if "rewards" in group else np.ones(1)
         return Episode(
             task=_task(data, path),
@@ -58,7 +59,7 @@ class LiberoSource(hdf5.Hdf5Source):
             widths=np.abs(fingers).sum(axis=1),
             actions=actions[1:],
             success=bool(rewards.max(initial=0) > 0),
-            meta={"fps": f"{_control_hz(data, path):g}", "state": STATE, "action": ACTION},
+            meta={"fps": f"{hdf5.control_hz(env_args, CONTROL_HZ, path):g}", "state": STATE, "action": ACTION},
             cues={"command": np.clip(actions[:, 6], -1, 1), "hand": pose[:, :3]},
         )
 
@@ -74,10 +75,3 @@ def _instruction(data: h5py.Group, path: Path) -> str:
     if not isinstance(text, str) or not text.strip():
         raise FormatError(f"{path.name}: /data: problem_info.language_instruction: is missing or empty")
     return text.strip()
-
-
-def _control_hz(data: h5py.Group, path: Path) -> float:
-    if "env_args" not in data.attrs:
-        return CONTROL_HZ
-    kwargs = hdf5.json_attr(data, "env_args", path).get("env_kwargs", {})
-    return float(kwargs.get("control_freq", CONTROL_HZ))

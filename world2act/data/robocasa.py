@@ -118,7 +118,7 @@ class RobocasaSource(hdf5.Hdf5Source):
             widths=np.abs(state["gripper_qpos"]).sum(axis=1),
             actions=actions[:-1],
             success=True,
-            meta={"fps": f"{float(env_args.get('env_kwargs', {}).get('control_freq', CONTROL_HZ)):g}", **META},
+            meta={"fps": f"{hdf5.control_hz(env_args, CONTROL_HZ, path):g}", **META},
             cues={"command": commands(actions[:, GRIPPER]), **_places(group, rows, path)},
         )
 

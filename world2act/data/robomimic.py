@@ -30,7 +30,7 @@ import numpy.typing as npt
 from world2act import splits
 from world2act.data import hdf5
 from world2act.data.formats import FormatError as FormatError
-from world2act.data.formats import check_episode, require_split
+from world2act.data.formats import check_episode, check_fps, require_split
 from world2act.data.hdf5 import Hdf5Source
 from world2act.splits import Split
 from world2act.types import Episode, FloatArray, ImageArray
@@ -142,7 +142,7 @@ def read_episodes(path: Path, *, allowed: Collection[Split]) -> Iterator[Episode
         split = str(hdf5.attr(file["data"], "split", path))
         splits.require([split], allowed, path.name)
         for name in hdf5.demos(file, path):
-            yield _read_demo(hdf5.item(file, f"data/{name}", h5py.Group, path), split, env_args, path)
+            yield _read_demo(hdf5.demo(file, name, path), split, env_args, path)
 
 
 def read_root(root: Path, *, allowed: Collection[Split], tasks: Collection[str] | None = None) -> Iterator[Episode]:
@@ -200,7 +200,8 @@ class RobomimicSource(Hdf5Source):
         split = str(hdf5.attr(group.parent, "split", path))
         require_split(split, self.split, path.name)
         episode = _read_demo(group, split, env_args, path, images)
-        return replace(episode, meta={**episode.meta, "fps": f"{env_args['control_hz']:g}"})
+        fps = check_fps(env_args["control_hz"], f"{path.name}: /data: env_args.control_hz")
+        return replace(episode, meta={**episode.meta, "fps": f"{fps:g}"})
 
 
 def _open_partial(path: Path, resume: bool) -> h5py.File:
