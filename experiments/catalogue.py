@@ -252,7 +252,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         "Baselines in small, on the same base, data, scenes and budget, named after what they imitate. Bounds are not methods: "
         "in `imagination` the targets act themselves, oracles use the simulator's expert. named-cloning is the base cloned "
         "from the regime's video too, its actions named as for the others. Distorted cameras and new textures are met in "
-        "post-training and in evaluation, in other draws; base, world model and Stage 1 have not seen them.",
+        "post-training and evaluation (in seed 0 scenes of one index share their draw); base, world model, Stage 1 have not.",
         _methods,
     ),
     "worldmodel": Experiment(
