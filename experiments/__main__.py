@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from rich.console import Console
 from tyro.conf import Positional, arg
 
 from experiments import cells, results, study, tables
@@ -26,7 +25,7 @@ from experiments.methods import METHODS
 from experiments.regimes import Places
 from experiments.study import TASKS, Sizes
 from experiments.tables import Plan
-from world2act.console import Progress, progress_display
+from world2act.console import Progress, progress_display, terminal
 from world2act.splits import LeakageError, Split
 
 Name = Literal[
@@ -139,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the running cells too
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the cells' processes: one core each
     started = time.monotonic()
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = terminal()
     try:
         with progress_display() as progress:
             plan, failures = run(options, progress)

@@ -35,7 +35,7 @@ from experiments.catalogue import MEASURED_AT, SHIPPED
 from experiments.cells import write_whole
 from experiments.policies import Frozen
 from experiments.regimes import PARTS, Places, Regime, lacking, weights
-from world2act.console import status
+from world2act.console import status, terminal
 from world2act.data import robomimic
 from world2act.data.clips import camera_grid, intended, lived_skills
 from world2act.models.adapters import Adapters
@@ -173,7 +173,7 @@ def show(title: str, rows: Mapping[str, list[float]]) -> Table:
     """For a terminal."""
     table = Table(title=title, box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     for column in ("task", *COLUMNS, "ratio"):
-        table.add_column(column, justify="left" if column == "task" else "right")
+        table.add_column(column, justify="left" if column == "task" else "right", overflow="fold")
     for task, numbers in rows.items():
         if task == ALL:
             table.add_section()
@@ -232,7 +232,7 @@ def run(arguments: Arguments, console: Console) -> None:
 
 def main() -> int:
     """Command line; errors are one line and status 2."""
-    return status(lambda: run(tyro.cli(Arguments, prog="world2act diagnose", description=__doc__), Console()))
+    return status(lambda: run(tyro.cli(Arguments, prog="world2act diagnose", description=__doc__), terminal()))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from experiments.cells import write_whole
 from experiments.policies import Frozen
 from experiments.regimes import clone
 from world2act import evaluation
-from world2act.console import progress_display, status
+from world2act.console import progress_display, status, terminal
 from world2act.data import robomimic
 from world2act.models.tiny_policy import TinyPolicy
 from world2act.splits import Split
@@ -75,7 +75,7 @@ def run(arguments: Arguments, console: Console) -> None:
 
 def main() -> int:
     """Command line; errors are one line and status 2."""
-    return status(lambda: run(tyro.cli(Arguments, description=__doc__), Console()))
+    return status(lambda: run(tyro.cli(Arguments, description=__doc__), terminal()))
 
 
 if __name__ == "__main__":

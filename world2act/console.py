@@ -12,6 +12,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
@@ -21,6 +22,11 @@ Progress = Callable[[str, int, int, dict[str, float]], None]
 LINE_SECONDS = 15.0
 SHOWN = 12
 """Bars that stay when they are full; later ones disappear."""
+
+
+def terminal() -> Console:
+    """As wide as the terminal; in a pipe or a log 160 columns, where rich would squeeze tables into 80."""
+    return Console(width=None if sys.stdout.isatty() else 160)
 
 
 def status(work: Callable[[], object]) -> int:

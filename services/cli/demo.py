@@ -29,6 +29,7 @@ from services.cli.settings import CliSettings
 from services.cli.supervisor import Supervisor, SupervisorError
 from services.runtime.artifacts import ArtifactStore
 from services.runtime.tensors import unpack_metadata
+from world2act.console import terminal
 
 TASKS = ("reach", "push", "pick-place", "drawer-open", "drawer-close", "button-press", "door-open")
 SHOWN = ("pick-place", "drawer-open", "door-open")
@@ -188,7 +189,7 @@ def run(
 
     tasks, trials, posttrain: see `Demo`.
     """
-    console = Console()
+    console = terminal()
     supervisor = make_supervisor(settings) if start else None
     Path(settings.run_dir).mkdir(parents=True, exist_ok=True)
     started = time.monotonic()

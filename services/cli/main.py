@@ -20,6 +20,7 @@ from tyro.conf import Positional, arg
 
 from services.cli.client import CliError, Gateway
 from services.cli.settings import CliSettings
+from world2act.console import terminal
 
 MODULES = {
     "demos": "services.simulator.collect",
@@ -37,7 +38,7 @@ MODULES = {
 
 Split = Literal["base", "worldmodel", "validation", "posttrain", "tuning", "evaluation"]
 Wait = Annotated[bool, arg(help="wait for the end and show the result; else print the job's id")]
-console = Console()
+console = terminal()
 
 
 def up(detach: bool = False) -> None:

@@ -32,6 +32,7 @@ from services.runtime.artifacts import ArtifactStore
 from services.runtime.llm import LLMSettings, make_asker
 from services.runtime.pool import default_workers, in_order
 from world2act import skillset
+from world2act.console import terminal
 from world2act.data.clip_folder import ClipFolderWriter
 from world2act.data.formats import FormatError, Source, open_source
 from world2act.data.robomimic import RobomimicSource
@@ -301,7 +302,7 @@ def main() -> int:
         return 2
     from services.cli import skills_page
 
-    skills_page.show(found, Console())
+    skills_page.show(found, terminal())
     print(settings.out / "index.html")
     return 0
 
