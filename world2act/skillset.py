@@ -56,8 +56,13 @@ def survey(source: Source, embodiment: str | None = None) -> Recipe:
 
     Raises FormatError if none can be read, ValueError naming `embodiment` for a hand that is not known.
     """
-    if not any(isinstance(e, Episode) for e in source.episodes(images=False)):
-        raise FormatError(f"{source.path.name}: holds no readable episode")
+    why = ""
+    for episode in source.episodes(images=False):
+        if isinstance(episode, Episode):
+            break
+        why = why or f"; {episode.reason}"
+    else:
+        raise FormatError(f"{source.path.name}: holds no readable episode{why}")
     shown = next((e for e in source.episodes() if isinstance(e, Episode)), None)
     if shown is None:
         raise FormatError(f"{source.path.name}: holds no episode whose images can be read")
