@@ -1,4 +1,5 @@
-"""Skill segmentation on one core: episodes/s of 81 frames, against a frame-by-frame loop; the online skill; whole files, MB/s.
+"""Skill segmentation on one core: episodes/s of 81 frames, against a frame-by-frame loop; the online skill; whole files and
+build-skills, MB/s.
 
 `python -m bench.segmentation` prints the rows.
 """
@@ -14,7 +15,9 @@ from pathlib import Path
 import h5py
 import numpy as np
 import numpy.typing as npt
+from rich.console import Console
 
+from services.cli import skills
 from services.segmenter.episodes import open_episodes
 from world2act.segmentation import (
     OnlineSkill,
@@ -27,6 +30,7 @@ from world2act.segmentation import (
     segment_series,
 )
 from world2act.skillset import hand_of_source
+from world2act.splits import Split
 
 INSTRUCTION = "pick up the puck and place it at the goal"
 LIBERO = "put both the alphabet soup and the tomato sauce in the basket"
@@ -100,9 +104,16 @@ def files(series: list[npt.NDArray[np.float64]]) -> list[dict[str, object]]:
                 segment_episode(episode, calibration=hand)
             return 1
 
+        def build() -> int:
+            with tempfile.TemporaryDirectory() as out:
+                settings = skills.BuildSettings(path, Path(out) / "skills", split=Split.WORLDMODEL, workers=1)
+                skills.build(settings, Console(quiet=True))
+            return 1
+
         alone = megabytes * rate(lambda: len(path.read_bytes()) and 1)
         rows = [("read and cut a file, images too", True), ("read and cut a file, without images", False)]
         done = {name: rate(lambda images=images: cut(images)) for name, images in rows}  # type: ignore[misc]
+        done["build-skills: read, cut, write the clips"] = rate(build)
         return [
             {
                 "name": "read a file's bytes",
