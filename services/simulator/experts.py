@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from services.simulator.envs import base
+from world2act.console import terminal
 from world2act.evaluation import wilson
 from world2act.splits import Split, scene_seed
 
@@ -45,7 +46,7 @@ def succeeds(env: base.Environment, task: str) -> tuple[bool, int]:
 def main() -> int:
     """Console entry."""
     settings = tyro.cli(ExpertSettings)
-    console, errors = Console(), Console(stderr=True)
+    console, errors = terminal(), Console(stderr=True)
     table = Table(title=f"Scripted experts, {settings.simulator}, split {settings.split.value}, from scene {settings.first}")
     for column in ("task", "success", "95 %", "actions"):
         table.add_column(column, justify="left" if column == "task" else "right")
