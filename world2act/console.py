@@ -40,8 +40,8 @@ def status(work: Callable[[], object]) -> int:
 
 
 def command_line(program: str, settings: Any) -> str:
-    """What gives `settings`, a dataclass of the options of `program`: all that are not the default. Of a path from the root only
-    its name is told."""
+    """What gives `settings`, a dataclass of the options of `program`: all that are not the default, and the seed. Of a path from
+    the root only its name is told."""
     return shlex.join([*program.split(), *_options(settings, "--")])
 
 
@@ -49,7 +49,7 @@ def _options(settings: Any, prefix: str) -> list[str]:
     words: list[str] = []
     for option in fields(settings):
         value, name = getattr(settings, option.name), option.name.replace("_", "-")
-        if value == (option.default if option.default_factory is MISSING else option.default_factory()):
+        if name != "seed" and value == (option.default if option.default_factory is MISSING else option.default_factory()):
             continue
         if is_dataclass(value):
             words += _options(value, f"{prefix}{name}.")

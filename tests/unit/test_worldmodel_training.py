@@ -192,7 +192,7 @@ def test_a_cards_command_line_gives_the_same_settings() -> None:
     config = (tyro.conf.EnumChoicesFromValues,)
     assert tyro.cli(worldmodel_training.Settings, args=line[2:], config=config) == settings
     one = stage1.Arguments(demos=Path("d"), worldmodel=Path("w"), out=Path("o"), steps=5)
-    assert command_line("world2act stage1", one) == "world2act stage1 --demos d --worldmodel w --out o --steps 5"
+    assert command_line("world2act stage1", one) == "world2act stage1 --demos d --worldmodel w --out o --seed 0 --steps 5"
 
 
 def test_whole_recipes_write_weights_and_cards(tmp_path: Path) -> None:
@@ -215,7 +215,9 @@ def test_whole_recipes_write_weights_and_cards(tmp_path: Path) -> None:
     wide = worldmodel_training.train_worldmodel(elsewhere)
     card = (tmp_path / "wide.md").read_text()
     assert wide.card["data"]["tasks"] == {"hammer": 2, "reach": 1} and "scripted" not in card
-    command = f"world2act train-worldmodel --demos {tmp_path.name} --out wide.safetensors --limit 1 --split base --more more "
+    command = (
+        f"world2act train-worldmodel --demos {tmp_path.name} --out wide.safetensors --seed 0 --limit 1 --split base --more more "
+    )
     assert command + "--probe-steps 2 --vae.steps 1 --vae.batch 2 --vae.normalising-windows 4 --transformer.steps 2 " in card
     assert str(tmp_path) not in card, "no path of this machine"
     assert not list(tmp_path.glob("*.vae.safetensors"))
