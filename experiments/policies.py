@@ -18,13 +18,14 @@ LONGEST_SPAN = 3  # chunks
 
 @dataclass
 class Frozen:
-    """A base policy alone."""
+    """A base policy alone. blind: it is shown zeros for its proprioception."""
 
     base: TinyPolicy
     version: int = 0
+    blind: bool = False
 
     def act(self, frames: Tensor, states: Tensor, instructions: Sequence[str], prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        chunk = self.base.act(frames, states, instructions)
+        chunk = self.base.act(frames, torch.zeros_like(states) if self.blind else states, instructions)
         return chunk, chunk
 
 

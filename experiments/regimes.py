@@ -7,6 +7,7 @@ video-rich: n labelled demonstrations a task for everybody; the world model has 
 matched: n demonstrations a task for everybody, the world model too.
 pretrained: matched, but the world model has seen plenty of video of *other* tasks too, whose actions Stage 1 names likewise.
 practised: matched, and world model and Stage 1 see the robot's own play in new scenes too (experiments/practice.py): no label.
+film-cloned: video-rich on a better base, cloned from the video too, its actions named as for the baselines; the rest is the same.
 Variants of any of them: Base-WM instead of Skill-WM (METHOD section 2), and Stage 1 of preset `paper`.
 """
 
@@ -40,10 +41,10 @@ from world2act.stage1 import Stage1Data
 from world2act.types import Clip, Episode, M, Skill
 
 T = TypeVar("T")
-Kind = Literal["shipped", "video-rich", "matched", "pretrained", "practised"]
+Kind = Literal["shipped", "video-rich", "matched", "pretrained", "practised", "film-cloned"]
 OWN_WORLDMODEL = ("matched", "pretrained", "practised")
 """Kinds without video of their tasks beside the labelled demonstrations: their world models are their own."""
-NAMED = ("video-rich", "pretrained")
+NAMED = ("video-rich", "pretrained", "film-cloned")
 """Kinds with video whose actions nobody labelled."""
 
 INVERSE_STEPS = 3000
@@ -88,8 +89,11 @@ class Places:
         if kept.exists():
             return kept
         plain = Regime(regime.kind, regime.demonstrations)
+        if regime.kind == "film-cloned" and name != "base":
+            return self.part(replace(regime, kind="video-rich"), name)
         if name == "base":  # does not depend on the rest
             folder = self.zoo if regime.kind == "shipped" else self.cache / f"cloned-{regime.demonstrations}"
+            folder = self.cache / plain.name if regime.kind == "film-cloned" else folder
         elif name == "worldmodel" and regime.worldmodel == "base":
             folder = self.cache / (f"{plain.name}-base-wm" if regime.kind in OWN_WORLDMODEL else "base-wm")
         elif regime.kind == "shipped" and (name == "worldmodel" or regime == plain):
@@ -167,6 +171,14 @@ def lacking(regime: Regime, places: Places) -> list[str]:
 def prepare(regime: Regime, places: Places, tasks: Sequence[str], progress: Progress = no_progress) -> dict[str, str]:
     """Build what the regime lacks; returns the hash of each part. Raises as `lacking`."""
     missing = lacking(regime, places)
+    if missing and regime.kind == "film-cloned":
+        rich = replace(regime, kind="video-rich")
+        prepare(rich, places, tasks, progress)
+        if "base" in missing:
+            film = named_video(rich, places, tasks, inverse_dynamics(rich, places, tasks, 0)[0])
+            base = clone([*labels(rich, places, tasks), *film], 0, progress=progress)
+            base.save(places.part(regime, "base"), {"regime": regime.name})
+        return weights(regime, places)
     if "base" in missing:
         rich = Regime("video-rich", regime.demonstrations)  # kinds share it: one card, whichever comes first
         if rich.demonstrations == Regime().demonstrations:

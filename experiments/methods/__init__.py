@@ -9,6 +9,7 @@ METHODS: dict[str, Method] = {
     "base": cloning.base,
     "more-cloning": cloning.more,
     "named-cloning": cloning.named,
+    "named-cloning-blind": cloning.named_blind,
     "world2act": world2act.train,
     "dreamgen": dreamgen.train,
     "inverse-dynamics": inverse_dynamics.train,

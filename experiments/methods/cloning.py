@@ -3,6 +3,10 @@ that they have seen too, its actions named."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
+
 from experiments.arena import Policy
 from experiments.methods.base import Frozen, Parts
 from experiments.regimes import clone
@@ -21,3 +25,9 @@ def more(parts: Parts) -> Policy:
 def named(parts: Parts) -> Policy:
     """As `more`, with the regime's video too: no world model, no post-training, what its expert shows is what is cloned."""
     return Frozen(clone([*parts.labels(), *parts.named()], parts.seed))
+
+
+def named_blind(parts: Parts) -> Policy:
+    """As `named`, without anybody's proprioception: film from elsewhere has none."""
+    episodes = [*parts.labels(), *parts.named()]
+    return Frozen(clone([replace(episode, states=np.zeros_like(episode.states)) for episode in episodes], parts.seed), blind=True)

@@ -289,6 +289,18 @@ def test_cloning_named_video_learns_from_labels_and_named_video(parts: Parts, mo
     np.testing.assert_array_equal(seen[4].actions, next(iter(parts.named())).actions)
 
 
+def test_cloning_without_proprioception_neither_learns_from_it_nor_acts_on_it(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Episode] = []
+    monkeypatch.setattr(cloning, "clone", lambda episodes, seed: seen.extend(episodes) or parts.base)
+    policy = METHODS["named-cloning-blind"](parts)
+    assert len(seen) == 8 and not any(episode.states.any() for episode in seen)
+    frames = torch.zeros(1, 128, 128, 3, dtype=torch.uint8)
+    here, there = (policy.act(frames, torch.full((1, 4), place), ["push"], ["push"])[1] for place in (0.0, 0.5))
+    assert torch.equal(here, there) and torch.equal(here, parts.base.act(frames, torch.zeros(1, 4), ["push"]))
+
+
 # --- end to end
 
 

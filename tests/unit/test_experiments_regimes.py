@@ -16,6 +16,7 @@ from tests.unit.test_regimes import episode
 from world2act import worldmodel_training
 from world2act.console import Progress
 from world2act.models.adapters import Adapters, AdapterSettings
+from world2act.models.tiny_policy import TinyPolicy
 from world2act.normalisation import Statistics
 from world2act.schedule import EpisodeSpec
 from world2act.splits import Split
@@ -95,6 +96,23 @@ def test_a_shipped_part_that_is_missing_is_named(tmp_path: Path) -> None:
     places = Places(cache=tmp_path / "cache", zoo=tmp_path)
     with pytest.raises(FileNotFoundError, match=r"base.safetensors: not there.*make zoo"):
         regimes.lacking(Regime(), places)
+
+
+def test_a_film_cloned_regime_has_a_base_of_its_own_and_shares_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places, regime, rich = Places(cache=tmp_path, zoo=tmp_path / "zoo"), Regime("film-cloned", 4), Regime("video-rich", 4)
+    assert [places.part(regime, name) == places.part(rich, name) for name in regimes.PARTS] == [False, True, True]
+    prepared, cloned = [], []
+    clone = TinyPolicy()
+    monkeypatch.setattr(regimes, "lacking", lambda regime, places: ["base", "adapters"] if regime.kind == "film-cloned" else [])
+    monkeypatch.setattr(regimes, "weights", lambda regime, places: prepared.append(regime) or {})
+    monkeypatch.setattr(regimes, "labels", lambda regime, *_: [f"labels of {regime.name}"])
+    monkeypatch.setattr(regimes, "inverse_dynamics", lambda regime, places, tasks, seed: (f"reader {seed} of {regime.name}", 1.0))
+    monkeypatch.setattr(regimes, "named_video", lambda regime, places, tasks, reader: [f"film of {regime.name} by {reader}"])
+    monkeypatch.setattr(regimes, "clone", lambda episodes, seed, progress: cloned.extend(episodes) or clone)
+    regimes.prepare(regime, places, ["push"])
+    assert prepared == [rich, regime], "what is shared is built first"
+    assert cloned == ["labels of video-rich-4", "film of video-rich-4 by reader 0 of video-rich-4"]
+    assert TinyPolicy.load(tmp_path / "film-cloned-4" / "base.safetensors").hash == clone.hash
 
 
 def test_a_part_that_is_kept_with_the_zoo_is_taken_and_never_written_over(tmp_path: Path) -> None:
