@@ -7,7 +7,8 @@ video-rich: n labelled demonstrations a task for everybody; the world model has 
 matched: n demonstrations a task for everybody, the world model too.
 pretrained: matched, but the world model has seen plenty of video of *other* tasks too, whose actions Stage 1 names likewise.
 practised: matched, and world model and Stage 1 see the robot's own play in new scenes too (experiments/practice.py): no label.
-film-cloned: video-rich on a better base, cloned from the video too, its actions named as for the baselines; the rest is the same.
+film-cloned: video-rich on a better base, cloned from the video too, its actions named as for the baselines (training seed 0); the
+    robot's play is this base's, so Stage 1 names the video anew.
 Variants of any of them: Base-WM instead of Skill-WM (METHOD section 2), and Stage 1 of preset `paper`.
 """
 
@@ -89,8 +90,6 @@ class Places:
         if kept.exists():
             return kept
         plain = Regime(regime.kind, regime.demonstrations)
-        if regime.kind == "film-cloned" and name != "base":
-            return self.part(replace(regime, kind="video-rich"), name)
         if name == "base":  # does not depend on the rest
             folder = self.zoo if regime.kind == "shipped" else self.cache / f"cloned-{regime.demonstrations}"
             folder = self.cache / plain.name if regime.kind == "film-cloned" else folder
@@ -99,7 +98,7 @@ class Places:
         elif regime.kind == "shipped" and (name == "worldmodel" or regime == plain):
             folder = self.zoo
         elif name == "worldmodel":
-            folder = self.zoo if regime.kind == "video-rich" else self.cache / plain.name
+            folder = self.cache / plain.name if regime.kind in OWN_WORLDMODEL else self.zoo
         else:
             folder = self.cache / regime.name
         return folder / f"{name}.safetensors"
@@ -171,15 +170,13 @@ def lacking(regime: Regime, places: Places) -> list[str]:
 def prepare(regime: Regime, places: Places, tasks: Sequence[str], progress: Progress = no_progress) -> dict[str, str]:
     """Build what the regime lacks; returns the hash of each part. Raises as `lacking`."""
     missing = lacking(regime, places)
-    if missing and regime.kind == "film-cloned":
-        rich = replace(regime, kind="video-rich")
+    if "base" in missing and regime.kind == "film-cloned":
+        rich = Regime("video-rich", regime.demonstrations)
         prepare(rich, places, tasks, progress)
-        if "base" in missing:
-            film = named_video(rich, places, tasks, inverse_dynamics(rich, places, tasks, 0)[0])
-            base = clone([*labels(rich, places, tasks), *film], 0, progress=progress)
-            base.save(places.part(regime, "base"), {"regime": regime.name})
-        return weights(regime, places)
-    if "base" in missing:
+        film = named_video(rich, places, tasks, inverse_dynamics(rich, places, tasks, 0)[0])
+        base = clone([*labels(rich, places, tasks), *film], 0, progress=progress)
+        base.save(places.part(regime, "base"), {"regime": regime.name})
+    elif "base" in missing:
         rich = Regime("video-rich", regime.demonstrations)  # kinds share it: one card, whichever comes first
         if rich.demonstrations == Regime().demonstrations:
             base = TinyPolicy.load(places.part(Regime(), "base"))  # cloned again elsewhere, the last bits would be others
@@ -288,7 +285,7 @@ def inverse_dynamics(regime: Regime, places: Places, tasks: Sequence[str], seed:
     if not path.exists():
         true, predicted = stage1_windows(regime, places, tasks)
         pools = [(true, 0.5), (predicted, 0.5)]
-        if regime.kind == "video-rich":
+        if regime.kind in NAMED:
             pools = [(own_play(regime, places, tasks), 0.25), (true, 0.25), (predicted, 0.5)]
         actions = Adapters.load(places.part(regime, "adapters")).actions
         started = time.monotonic()

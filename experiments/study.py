@@ -97,13 +97,13 @@ def prepare_all(
 ) -> Callable[[Regime], dict[str, str]]:
     """Build the parts of every regime; returns the look-up of their hashes. Raises RuntimeError naming a part that failed.
 
-    Regimes that share a base are built in turn, others side by side, in processes of their own.
+    Regimes that share a base, or whose bases build on each other, are built in turn, others side by side, in processes of their own.
     """
     regimes = list(dict.fromkeys(variant.regime for variant in variants))
     groups: dict[str, list[Regime]] = {}
     for regime in regimes:
         if lacking(regime, places):
-            groups.setdefault(places.part(regime, "base").parent.name, []).append(regime)
+            groups.setdefault(f"cloned-{regime.demonstrations}", []).append(regime)
     calls = {name: (_prepare, (members, places, tuple(tasks))) for name, members in groups.items()}
     failures = []
     if calls:

@@ -98,19 +98,21 @@ def test_a_shipped_part_that_is_missing_is_named(tmp_path: Path) -> None:
         regimes.lacking(Regime(), places)
 
 
-def test_a_film_cloned_regime_has_a_base_of_its_own_and_shares_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_film_cloned_regime_has_a_base_and_adapters_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     places, regime, rich = Places(cache=tmp_path, zoo=tmp_path / "zoo"), Regime("film-cloned", 4), Regime("video-rich", 4)
-    assert [places.part(regime, name) == places.part(rich, name) for name in regimes.PARTS] == [False, True, True]
-    prepared, cloned = [], []
+    assert [places.part(regime, name) == places.part(rich, name) for name in regimes.PARTS] == [False, True, False]
+    prepared: list[Regime] = []
+    cloned: list[str] = []
     clone = TinyPolicy()
-    monkeypatch.setattr(regimes, "lacking", lambda regime, places: ["base", "adapters"] if regime.kind == "film-cloned" else [])
+    missing = iter([["base"], [], []])  # of film-cloned, of video-rich, of film-cloned once its base is there
+    monkeypatch.setattr(regimes, "lacking", lambda regime, places: next(missing))
     monkeypatch.setattr(regimes, "weights", lambda regime, places: prepared.append(regime) or {})
     monkeypatch.setattr(regimes, "labels", lambda regime, *_: [f"labels of {regime.name}"])
     monkeypatch.setattr(regimes, "inverse_dynamics", lambda regime, places, tasks, seed: (f"reader {seed} of {regime.name}", 1.0))
     monkeypatch.setattr(regimes, "named_video", lambda regime, places, tasks, reader: [f"film of {regime.name} by {reader}"])
     monkeypatch.setattr(regimes, "clone", lambda episodes, seed, progress: cloned.extend(episodes) or clone)
     regimes.prepare(regime, places, ["push"])
-    assert prepared == [rich, regime], "what is shared is built first"
+    assert prepared == [rich, regime], "its reader's regime is built first"
     assert cloned == ["labels of video-rich-4", "film of video-rich-4 by reader 0 of video-rich-4"]
     assert TinyPolicy.load(tmp_path / "film-cloned-4" / "base.safetensors").hash == clone.hash
 
