@@ -97,7 +97,7 @@ def prepare_all(
 ) -> Callable[[Regime], dict[str, str]]:
     """Build the parts of every regime; returns the look-up of their hashes. Raises RuntimeError naming a part that failed.
 
-    Regimes that share a base, or whose bases build on each other, are built in turn, others side by side, in processes of their own.
+    Regimes whose bases are one, or are built on one, are built in turn, others side by side, in processes of their own.
     """
     regimes = list(dict.fromkeys(variant.regime for variant in variants))
     groups: dict[str, list[Regime]] = {}
