@@ -122,7 +122,8 @@ def _methods(tasks: Sequence[str]) -> list[Row]:
     rows = [_base(RICH, paper="0.701")]
     for name, paper in METHODS:  # LoRA: our loss and targets, another learner
         rows.append(Row(name, Variant(name, name, RICH) if name.startswith("lora") else _named(name, RICH), ("base",), paper))
-    rows.append(Row("inverse-dynamics, cosine", Variant("inverse-dynamics-cosine", "inverse-dynamics", RICH), ("base",)))
+    reader = Variant("inverse-dynamics-cosine", "inverse-dynamics", RICH)
+    rows.append(Row("inverse-dynamics, cosine", reader, ("base", "inverse-dynamics")))
     rows.append(Row("world2act, decode", Variant("decode", regime=RICH, settings=DECODE), ("base", "inverse-dynamics")))
     others = [row.label for row in rows]
     rows.append(Row("world2act", _ours(RICH), tuple(others), "0.726"))
