@@ -34,13 +34,19 @@ def teachers(points: Sequence[tuple[str, float, float | None, Difference]], path
     """Write the plot of (regime, error of its imagined targets over its base's at visited states, the same on held-out
     demonstrations or None, gain of post-training) to `path` (PNG)."""
     colours = dict(zip(dict.fromkeys(_kind(name) for name, *_ in points), cycle(COLOURS), strict=False))
+    visited = [(at, name, gain) for name, at, _, gain in points]
+    held_out = [(at, name, gain) for name, _, at, gain in points if at is not None]
     with _figure(path, 3.8, panels=2) as panels:
-        for axes, where, which in zip(panels, ("states that the base visits", "held-out demonstrations"), (1, 2), strict=True):
-            for point in (p for p in points if p[which] is not None):
-                name, ratio, gain = point[0], point[which], point[3]
+        for axes, where, found in zip(
+            panels, ("states that the base visits", "held-out demonstrations"), (visited, held_out), strict=True
+        ):
+            for ratio, name, gain in found:
                 errors, colour = [[gain.value - gain.low], [gain.high - gain.value]], colours[_kind(name)]
                 axes.errorbar(ratio, gain.value, errors, marker="o", markersize=4, capsize=2, color=colour)
-                axes.annotate(name, (ratio, gain.value), (5, 4), textcoords="offset points", fontsize=7, color=colour)
+                near = any(0 < r - ratio < 0.2 and abs(other.value - gain.value) < 0.02 for r, _, other in found)
+                axes.annotate(
+                    name, (ratio, gain.value), (5, -9 if near else 4), textcoords="offset points", fontsize=7, color=colour
+                )
             axes.axhline(0.0, color=GREY, linestyle=":")
             axes.set_title(where, fontsize=9)
             axes.set_xlabel("error of imagined targets / of the base")
