@@ -189,7 +189,7 @@ def verdict(demos: bool) -> str:
         else "gained below 0.75 and did harm from 0.98 on"
     )
     return (
-        "ratio: error of imagined targets / error of the base. In eleven regimes of Meta-World post-training "
+        "ratio: error of imagined targets / error of the base. In twelve regimes of Meta-World post-training "
         f'{seen} (docs/findings.md, "When to expect a gain"). Other columns: world2act diagnose --help.'
     )
 
