@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -141,15 +141,22 @@ class Stage2Dataset:
     """Recorded trajectories with their targets, in the plan's order; each counts once.
 
     encode: the world model's, (n, 1, H, W, 3) uint8 -> (n, 1, C, h, w); used where vision is "latent" and the targets bring no
-    latents of the visited frames.
+    latents of the visited frames. allowed: splits of which it takes episodes.
     """
 
-    def __init__(self, adapters: Adapters, settings: Stage2Settings, encode: Callable[[Tensor], Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        adapters: Adapters,
+        settings: Stage2Settings,
+        encode: Callable[[Tensor], Tensor] | None = None,
+        allowed: Collection[splits.Split] = (splits.Split.POSTTRAIN,),
+    ) -> None:
         self._actions = adapters.actions
         self._decoder = adapters.decoder
         self._size = adapters.settings.size
         self._settings = settings
         self._encode = encode
+        self._allowed = allowed
         self._rows: dict[EpisodeSpec, dict[str, Tensor]] = {}
         self._instructions: dict[EpisodeSpec, str] = {}
         self._stacked: tuple[Batch, list[Tensor]] | None = None
@@ -165,9 +172,9 @@ class Stage2Dataset:
     def add(self, spec: EpisodeSpec, trajectory: Trajectory, targets: Targets) -> bool:
         """Add one episode; False (and no change) if it is inside already.
 
-        Raises LeakageError unless it comes from split posttrain, ValueError naming the field where shapes do not fit.
+        Raises LeakageError unless it comes from an allowed split, ValueError naming the field where shapes do not fit.
         """
-        splits.require([trajectory.split], [splits.Split.POSTTRAIN], "stage 2")
+        splits.require([trajectory.split], self._allowed, "stage 2")
         if (trajectory.task, trajectory.index) != (spec.task, spec.index):
             raise ValueError(f"trajectory: is of {trajectory.task} {trajectory.index}, the plan asks {spec.task} {spec.index}")
         if spec in self._rows:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from experiments import naming
 from experiments.arena import Policy, Run
-from experiments.methods import METHODS, action_worldmodel, cloning, ctrl_world, lora, vla_rft
+from experiments.methods import METHODS, action_worldmodel, cloning, ctrl_world, lora, named_residual, vla_rft
 from experiments.methods.action_worldmodel import Imagined, Transitions
 from experiments.methods.base import Frozen, Parts, WithResidual
 from experiments.naming import Windows
@@ -287,6 +287,23 @@ def test_cloning_named_video_learns_from_labels_and_named_video(parts: Parts, mo
     assert isinstance(METHODS["named-cloning"](parts), Frozen)
     assert [e.split for e in seen] == ["base"] * 4 + ["worldmodel"] * 4
     np.testing.assert_array_equal(seen[4].actions, next(iter(parts.named())).actions)
+
+
+def test_a_residual_on_named_video_aims_at_the_named_actions_and_leaves_out_what_was_disturbed(parts: Parts) -> None:
+    for number, episode in enumerate(e for e in parts.named() if len(e.actions) > M):
+        wanted = np.ones(len(episode.actions), dtype=bool)
+        wanted[M] = number == 0
+        at, targets = named_residual._shown(parts, replace(episode, intended=wanted))
+        assert targets.mask.tolist() == [True, number == 0, *[True] * (len(at.frames) - 2)]
+        assert targets.chunks is not None
+        done = parts.adapters.actions.denormalise(targets.chunks).flatten(0, 1)
+        np.testing.assert_allclose(done, episode.actions[: len(done)], atol=1e-5)
+        np.testing.assert_array_equal(at.states, episode.states[: len(at.frames) * M : M])
+        expected = parts.base.act(*(torch.from_numpy(x) for x in (at.frames, at.states)), [episode.instruction] * len(at.frames))
+        np.testing.assert_array_equal(at.base, expected)
+        assert torch.allclose(targets.embeddings, parts.adapters.action(targets.chunks[None])[0])
+    policy = METHODS["named-residual"](parts)
+    assert isinstance(policy, WithResidual) and policy.base is parts.base
 
 
 def test_cloning_without_proprioception_neither_learns_from_it_nor_acts_on_it(

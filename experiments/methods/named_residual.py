@@ -1,0 +1,45 @@
+"""For a base that must stay as it is: the residual fitted to demonstrations and named video, without imagination or rollouts; of
+the world model only the VAE is used. What ours has to beat where there is film of an expert.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from experiments.arena import Policy
+from experiments.methods.base import Parts, WithResidual
+from world2act import schedule
+from world2act.data.clips import camera_grid, intended
+from world2act.schedule import EpisodeSpec
+from world2act.splits import Split
+from world2act.stage2 import Learner, Stage2Dataset, Targets
+from world2act.types import Episode, M, Trajectory
+
+
+def train(parts: Parts) -> Policy:
+    """As many updates as ours, on the same batches of episodes of a task."""
+    data = Stage2Dataset(parts.adapters, parts.settings, parts.model.encode, (Split.BASE, Split.WORLDMODEL))
+    for number, episode in enumerate(e for e in (*parts.labels(), *parts.named()) if len(e.actions) >= M):
+        data.add(EpisodeSpec(0, episode.task, episode.index, 0.0, str(number)), *_shown(parts, episode))
+    learner = Learner(parts.adapters, parts.settings, parts.seed)
+    for number in range(parts.settings.plan.rounds + 1):
+        learner.train_round(data, schedule.steps_of(number, parts.settings))
+        parts.on_round(number, WithResidual(parts.base, learner.bundle(parts.base.hash), parts.model.encode))
+    return WithResidual(parts.base, learner.bundle(parts.base.hash), parts.model.encode)
+
+
+@torch.no_grad()
+def _shown(parts: Parts, episode: Episode) -> tuple[Trajectory, Targets]:
+    """What the base would have done at each chunk's start, and what was done; a disturbed chunk is no target."""
+    at = np.arange(0, len(episode.actions) - M + 1, M)
+    following = at[:, None] + np.arange(M)
+    frames, states = camera_grid(episode)[at], episode.states[at]
+    base = parts.base.act(torch.from_numpy(frames), torch.from_numpy(states), [episode.instruction] * len(at)).numpy()
+    chunks = parts.adapters.actions.normalise(torch.from_numpy(episode.actions[following]))
+    wanted = torch.from_numpy(intended(episode)[following].all(axis=1))
+    prompts = ("",) * len(at)
+    trajectory = Trajectory(
+        episode.task, episode.split, episode.index, 0, frames, states, base, base, prompts, episode.instruction
+    )
+    return trajectory, Targets(parts.adapters.action(chunks[None])[0], wanted, chunks=chunks)
