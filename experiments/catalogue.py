@@ -133,7 +133,9 @@ def _methods(tasks: Sequence[str]) -> list[Row]:
         base = f"base, {distortion}"
         rows.append(_base(RICH, base, distortion))
         rows += [Row(f"{m}, {distortion}", _named(m, RICH, distortion), (base,)) for m in DISTORTED]
-        against = (base, *(f"{m}, {distortion}" for m in DISTORTED))
+        filmed = Variant("base", "base", FILM, distortion=distortion)  # named-cloning of training seed 0; it is not trained again
+        rows.append(Row(f"named-cloning, {distortion}", filmed, (base,)))
+        against = (base, *(f"{m}, {distortion}" for m in (*DISTORTED, "named-cloning")))
         rows.append(Row(f"world2act, {distortion}", _ours(RICH, distortion), against))
     return rows
 
