@@ -134,8 +134,9 @@ def _methods(tasks: Sequence[str]) -> list[Row]:
         rows.append(_base(RICH, base, distortion))
         rows += [Row(f"{m}, {distortion}", _named(m, RICH, distortion), (base,)) for m in DISTORTED]
         filmed = Variant("base", "base", FILM, distortion=distortion)  # named-cloning of training seed 0; it is not trained again
-        rows.append(Row(f"named-cloning, {distortion}", filmed, (base,)))
-        against = (base, *(f"{m}, {distortion}" for m in (*DISTORTED, "named-cloning")))
+        rows.append(Row(cloned := f"named-cloning, {distortion}", filmed, (base,)))
+        rows.append(Row(f"world2act, {FILM.name}, {distortion}", _ours(FILM, distortion), (cloned,)))
+        against = (base, *(f"{m}, {distortion}" for m in DISTORTED), cloned)
         rows.append(Row(f"world2act, {distortion}", _ours(RICH, distortion), against))
     return rows
 
