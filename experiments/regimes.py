@@ -173,9 +173,7 @@ def prepare(regime: Regime, places: Places, tasks: Sequence[str], progress: Prog
     if "base" in missing and regime.kind == "film-cloned":
         rich = Regime("video-rich", regime.demonstrations)
         prepare(rich, places, tasks, progress)
-        film = named_video(rich, places, tasks, inverse_dynamics(rich, places, tasks, 0)[0])
-        base = clone([*labels(rich, places, tasks), *film], 0, progress=progress)
-        base.save(places.part(regime, "base"), {"regime": regime.name})
+        named_clone(rich, places, tasks, 0, progress)[0].save(places.part(regime, "base"), {"regime": regime.name})
     elif "base" in missing:
         rich = Regime("video-rich", regime.demonstrations)  # kinds share it: one card, whichever comes first
         if rich.demonstrations == Regime().demonstrations:
@@ -302,6 +300,23 @@ def named_video(regime: Regime, places: Places, tasks: Sequence[str], network: I
         for file in video_of(regime, places, tasks):
             for episode in robomimic.read_episodes(file, allowed=[Split.WORLDMODEL]):
                 yield naming.named(model, network, episode)
+
+
+def named_clone(
+    regime: Regime, places: Places, tasks: Sequence[str], seed: int, progress: Progress = no_progress
+) -> tuple[TinyPolicy, float]:
+    """The base cloned from the regime's demonstrations and its video, named by `inverse_dynamics` of that training seed. Computed
+    once and kept; with the seconds that it took, those of the reader apart."""
+    seen = _kept(regime, places)
+    path = seen.with_stem(f"named-clone-{seed}-{seen.stem}")
+    if not path.exists():
+        network, _ = inverse_dynamics(regime, places, tasks, seed)
+        started = time.monotonic()
+        film = named_video(regime, places, tasks, network)
+        policy = clone([*labels(regime, places, tasks), *film], seed, progress=progress)
+        policy.save(path, {"regime": regime.name, "seconds": time.monotonic() - started})
+    policy = TinyPolicy.load(path)
+    return policy, float(policy.card["seconds"])
 
 
 def _kept(regime: Regime, places: Places) -> Path:

@@ -17,7 +17,7 @@ from experiments.cells import Cell, processes
 from experiments.methods import METHODS
 from experiments.methods.base import Parts
 from experiments.naming import InverseDynamics
-from experiments.regimes import Places, Regime, inverse_dynamics, labels, lacking, named_video, prepare
+from experiments.regimes import Places, Regime, inverse_dynamics, labels, lacking, named_clone, named_video, prepare
 from world2act.console import Progress, no_progress
 from world2act.evaluation import Outcome
 from world2act.models.adapters import Adapters
@@ -167,6 +167,13 @@ def compute(cell: Cell, places: Places, progress: Progress = no_progress) -> dic
         notes["seconds/kept"] = notes["seconds/inverse"] - (time.monotonic() - began)
         return network
 
+    def clone() -> TinyPolicy:
+        inverse()
+        began = time.monotonic()
+        policy, seconds = named_clone(regime, places, TASKS, cell.seed)
+        notes["seconds/kept"] += seconds - (time.monotonic() - began)
+        return policy
+
     parts = Parts(
         base,
         model,
@@ -174,6 +181,7 @@ def compute(cell: Cell, places: Places, progress: Progress = no_progress) -> dic
         lambda: labels(regime, places, TASKS),
         inverse,
         lambda: named_video(regime, places, TASKS, inverse()),
+        clone,
         tuple(what.get("train_tasks", tasks)),
         stage2_of(what["stage2"]) if what["stage2"] else STAGE2["default"],
         cell.seed,

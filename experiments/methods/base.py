@@ -28,6 +28,7 @@ class Parts:
     labels: the labelled demonstrations of the regime, already read: the base's own, and every one that another part has seen.
     inverse: a network that names actions, of all that the adapters have learned from (`regimes.inverse_dynamics`).
     named: the regime's unlabelled video, with the actions that `inverse` reads from it (`regimes.named_video`).
+    named_clone: the base cloned from `labels` and `named` (`regimes.named_clone`).
     settings: preset of Stage 2; its plan is the budget: every method runs the same number of episodes of split posttrain.
     seed: training seed, also the seed of `schedule.plan`, so that all methods meet the same scenes.
     on_round: called by methods that train in rounds, with the round's number and the policy after it; it may evaluate, and
@@ -40,6 +41,7 @@ class Parts:
     labels: Callable[[], Sequence[Episode]]
     inverse: Callable[[], InverseDynamics]
     named: Callable[[], Iterable[Episode]]
+    named_clone: Callable[[], TinyPolicy]
     tasks: tuple[str, ...]
     settings: Stage2Settings
     seed: int

@@ -24,7 +24,7 @@ def more(parts: Parts) -> Policy:
 
 def named(parts: Parts) -> Policy:
     """As `more`, with the regime's video too: no world model, no post-training, what its expert shows is what is cloned."""
-    return Frozen(clone([*parts.labels(), *parts.named()], parts.seed))
+    return Frozen(parts.named_clone())
 
 
 def named_blind(parts: Parts) -> Policy:

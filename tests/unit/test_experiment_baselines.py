@@ -281,14 +281,6 @@ def test_named_video_has_the_actions_that_are_read_from_it(model: WorldModel, ad
     np.testing.assert_array_equal(again.actions, found.actions)
 
 
-def test_cloning_named_video_learns_from_labels_and_named_video(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Episode] = []
-    monkeypatch.setattr(cloning, "clone", lambda episodes, seed: seen.extend(episodes) or parts.base)
-    assert isinstance(METHODS["named-cloning"](parts), Frozen)
-    assert [e.split for e in seen] == ["base"] * 4 + ["worldmodel"] * 4
-    np.testing.assert_array_equal(seen[4].actions, next(iter(parts.named())).actions)
-
-
 def test_a_residual_on_named_video_aims_at_the_named_actions_and_leaves_out_what_was_disturbed(parts: Parts) -> None:
     for number, episode in enumerate(e for e in parts.named() if len(e.actions) > M):
         wanted = np.ones(len(episode.actions), dtype=bool)
@@ -366,7 +358,7 @@ def parts(base: TinyPolicy, model: WorldModel, adapters: Adapters, monkeypatch: 
     shown = Windows(torch.randn(20, *model.config.vae.latent_shape).half(), torch.rand(20, 4, 4) * 2 - 1)
     inverse = naming.fit([(shown, 1.0)], 0.3, 0, adapters.actions, steps=2)
     named = [naming.named(model, inverse, replace(episode, split="worldmodel")) for episode in demonstrations()]
-    return Parts(base, model, adapters, demonstrations, lambda: inverse, lambda: named, TASKS, SETTINGS, 0, arena)
+    return Parts(base, model, adapters, demonstrations, lambda: inverse, lambda: named, lambda: base, TASKS, SETTINGS, 0, arena)
 
 
 @pytest.mark.parametrize("name", ["inverse-dynamics", "vla-rft", "ctrl-world", "lora-16", "lora-32"])

@@ -107,6 +107,7 @@ def test_a_film_cloned_regime_has_a_base_and_adapters_of_its_own(tmp_path: Path,
     missing = iter([["base"], [], []])  # of film-cloned, of video-rich, of film-cloned once its base is there
     monkeypatch.setattr(regimes, "lacking", lambda regime, places: next(missing))
     monkeypatch.setattr(regimes, "weights", lambda regime, places: prepared.append(regime) or {})
+    monkeypatch.setattr(regimes, "_kept", lambda regime, places: tmp_path / f"seen-{regime.name}.safetensors")
     monkeypatch.setattr(regimes, "labels", lambda regime, *_: [f"labels of {regime.name}"])
     monkeypatch.setattr(regimes, "inverse_dynamics", lambda regime, places, tasks, seed: (f"reader {seed} of {regime.name}", 1.0))
     monkeypatch.setattr(regimes, "named_video", lambda regime, places, tasks, reader: [f"film of {regime.name} by {reader}"])
@@ -114,7 +115,11 @@ def test_a_film_cloned_regime_has_a_base_and_adapters_of_its_own(tmp_path: Path,
     regimes.prepare(regime, places, ["push"])
     assert prepared == [rich, regime], "its reader's regime is built first"
     assert cloned == ["labels of video-rich-4", "film of video-rich-4 by reader 0 of video-rich-4"]
-    assert TinyPolicy.load(tmp_path / "film-cloned-4" / "base.safetensors").hash == clone.hash
+    again, seconds = regimes.named_clone(rich, places, ["push"], 0)
+    assert len(cloned) == 2 and seconds >= 0, "cloned once and kept"
+    base = TinyPolicy.load(tmp_path / "film-cloned-4" / "base.safetensors")
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in base.state_dict().items())
+    assert base.card == {"regime": "film-cloned-4"}, "equal weights make an equal base, however long they took"
 
 
 def test_a_part_that_is_kept_with_the_zoo_is_taken_and_never_written_over(tmp_path: Path) -> None:
