@@ -44,15 +44,18 @@ class Plan:
 
     @staticmethod
     def load(out: Path, experiment: str) -> Plan | None:
-        """The plan of `experiment`, or None if it was never run."""
+        """The plan of `experiment`, or None if it was never run. Raises ValueError where it is not one of this version."""
         path = Plan.path(out, experiment)
         if not path.exists():
             return None
-        content = json.loads(path.read_text())
-        sizes = content["sizes"]
-        sizes = Sizes(sizes["seeds"], sizes["trials"], tuple(sizes["tasks"]), Split(sizes["split"]))
-        named = {label: tuple(names) for label, names in content["cells"].items()}
-        return Plan(content["experiment"], content["command"], sizes, named)
+        try:
+            content = json.loads(path.read_text())
+            sizes = content["sizes"]
+            sizes = Sizes(sizes["seeds"], sizes["trials"], tuple(sizes["tasks"]), Split(sizes["split"]))
+            named = {label: tuple(names) for label, names in content["cells"].items()}
+            return Plan(content["experiment"], content["command"], sizes, named)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: not a plan of this version ({error!r}); without it the cells are kept") from None
 
 
 def planned(

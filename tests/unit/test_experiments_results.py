@@ -126,6 +126,16 @@ def test_page_says_what_is_missing_and_what_belongs_to_nothing(plan: Plan, tmp_p
     assert Plan.load(tmp_path, "methods") == plan
 
 
+@pytest.mark.parametrize(
+    "content", ['{"experiment": "main", "command": "", "sizes": {"seeds": 1}}', "[]", "{", '{"sizes": null}']
+)
+def test_a_plan_of_another_version_is_named(tmp_path: Path, content: str) -> None:
+    Plan.path(tmp_path, "main").parent.mkdir()
+    Plan.path(tmp_path, "main").write_text(content)
+    with pytest.raises(ValueError, match=r"main\.json: not a plan of this version .* cells are kept"):
+        Plan.load(tmp_path, "main")
+
+
 def test_where_nothing_was_run_there_is_no_page(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="none has no results; `world2act experiment NAME` computes some"):
         results.publish(tmp_path / "none")
