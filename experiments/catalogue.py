@@ -266,8 +266,8 @@ EXPERIMENTS: dict[str, Experiment] = {
         "in `imagination` the targets act themselves, oracles use the simulator's expert. named-cloning is the base cloned "
         "from the regime's video too, its actions named as for the others; blind: without proprioception; named-residual: the "
         "residual fitted to the same, without imagination or rollouts; film-cloned-4: post-trained on top of named-cloning "
-        "(seed 0), with its own play and Stage 1. Distorted cameras and new textures are met in "
-        "post-training and evaluation (in seed 0 scenes of one index share their draw); base, world model, Stage 1 have not.",
+        "(seed 0), with its own play and Stage 1. Distorted cameras and new textures are met in post-training and evaluation (of "
+        "light and textures, seed 0, scenes of one index share their draw); base, world model, Stage 1 and film have not.",
         _methods,
     ),
     "worldmodel": Experiment(
