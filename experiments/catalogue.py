@@ -233,11 +233,11 @@ def _regimes(tasks: Sequence[str]) -> list[Row]:
         for kind in (kind for kind, counts in MEASURED_AT.items() if count in counts):
             regime = Regime(kind, count)
             against: tuple[str, ...] = (base, more)
-            series = f"world2act, {kind}"
+            x: int | None = count
             if regime == FILM:  # no point of the curve, which is over the shared base
-                against, series = (f"base, {regime.name}",), ""
+                against, x = (f"base, {regime.name}",), None
                 rows.append(_base(regime, *against))
-            rows.append(Row(f"world2act, {regime.name}", _ours(regime), against, series=series, x=count))
+            rows.append(Row(f"world2act, {regime.name}", _ours(regime), against, series=f"world2act, {kind}", x=x))
             rows.append(Row(f"imagination, {regime.name}", _named("imagination", regime), against[:1], bound=True))
     for name, bound in _bounds(Regime("matched", 25))[1:]:
         rows.append(Row(f"{name}, matched-25", bound, ("base, 25 demonstrations",), bound=True))

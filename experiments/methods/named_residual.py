@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from experiments.arena import Policy
-from experiments.methods.base import Parts, WithResidual
+from experiments.methods.base import Frozen, Parts, WithResidual
 from world2act import schedule
 from world2act.data.clips import camera_grid, intended
 from world2act.schedule import EpisodeSpec
@@ -18,15 +18,17 @@ from world2act.types import Episode, M, Trajectory
 
 
 def train(parts: Parts) -> Policy:
-    """As many updates as ours, on the same batches of episodes of a task."""
+    """As many updates as ours, each on as many episodes of as many tasks."""
     data = Stage2Dataset(parts.adapters, parts.settings, parts.model.encode, (Split.BASE, Split.WORLDMODEL))
     for number, episode in enumerate(e for e in (*parts.labels(), *parts.named()) if len(e.actions) >= M):
         data.add(EpisodeSpec(0, episode.task, episode.index, 0.0, str(number)), *_shown(parts, episode))
     learner = Learner(parts.adapters, parts.settings, parts.seed)
+    policy: Policy = Frozen(parts.base)
     for number in range(parts.settings.plan.rounds + 1):
         learner.train_round(data, schedule.steps_of(number, parts.settings))
-        parts.on_round(number, WithResidual(parts.base, learner.bundle(parts.base.hash), parts.model.encode))
-    return WithResidual(parts.base, learner.bundle(parts.base.hash), parts.model.encode)
+        policy = WithResidual(parts.base, learner.bundle(parts.base.hash), parts.model.encode)
+        parts.on_round(number, policy)
+    return policy
 
 
 @torch.no_grad()
