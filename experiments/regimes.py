@@ -40,6 +40,7 @@ from world2act.segmentation import Segmentation
 from world2act.splits import Split
 from world2act.stage1 import Stage1Data
 from world2act.types import Clip, Episode, M, Skill
+from world2act.worldmodel_training import TransformerSettings
 
 T = TypeVar("T")
 Kind = Literal["shipped", "video-rich", "matched", "pretrained", "practised", "film-cloned"]
@@ -51,6 +52,8 @@ NAMED = ("video-rich", "pretrained", "film-cloned")
 INVERSE_STEPS = 3000
 """Of the baselines' inverse dynamics: explains 0.854 of held-out experts' actions from imagined latents, 1,200 steps 0.843;
 D_a(E_v) 0.856 (decision 041)."""
+READ = TransformerSettings(steps=2500, short_batch=48, short_horizon=1, long_share=0.1, rate=1e-3, reading_weight=4.0)
+"""How a world model "read" is trained on: mostly one latent ahead, as closed-loop targets ask."""
 PLAY_SHARE = 0.75
 """Of the batches that the inverse-dynamics model learns from; the rest is of the labelled demonstrations."""
 
@@ -58,19 +61,19 @@ PLAY_SHARE = 0.75
 @dataclass(frozen=True)
 class Regime:
     """demonstrations: labelled ones per task that the base has seen. worldmodel "base": trained on whole episodes with their
-    instruction as the prompt, and asked that way. stage1: preset of the adapters."""
+    instruction as the prompt, and asked that way; "read": "skill", trained on so that actions can be read in what it imagines,
+    those that Stage 1 goes by. stage1: preset of the adapters."""
 
     kind: Kind = "shipped"
     demonstrations: int = 4
-    worldmodel: Literal["skill", "base"] = "skill"
+    worldmodel: Literal["skill", "base", "read"] = "skill"
     stage1: Preset = "default"
 
     @property
     def name(self) -> str:
         plain = "shipped" if self.kind == "shipped" else f"{self.kind}-{self.demonstrations}"
-        return (
-            plain + ("" if self.worldmodel == "skill" else "-base-wm") + ("" if self.stage1 == "default" else f"-{self.stage1}")
-        )
+        asked = "" if self.worldmodel == "skill" else f"-{self.worldmodel}-wm"
+        return plain + asked + ("" if self.stage1 == "default" else f"-{self.stage1}")
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,8 @@ class Places:
             folder = self.cache / plain.name if regime.kind == "film-cloned" else folder
         elif name == "worldmodel" and regime.worldmodel == "base":
             folder = self.cache / (f"{plain.name}-base-wm" if regime.kind in OWN_WORLDMODEL else "base-wm")
+        elif name == "worldmodel" and regime.worldmodel == "read":
+            folder = self.cache / f"{plain.name}-read-wm"
         elif regime.kind == "shipped" and (name == "worldmodel" or regime == plain):
             folder = self.zoo
         elif name == "worldmodel":
@@ -201,7 +206,7 @@ def _cut(regime: Regime, episodes: Iterable[Episode], phases: Sequence[int]) -> 
     """Clips as the regime's world model is asked for them: by skill, or whole with the instruction as the prompt."""
     for episode in episodes:
         whole = Skill(episode.instruction, 0, len(episode.actions), "not segmented")
-        yield from cut_clips(episode, None if regime.worldmodel == "skill" else Segmentation((whole,), None, (), ()), phases)
+        yield from cut_clips(episode, Segmentation((whole,), None, (), ()) if regime.worldmodel == "base" else None, phases)
 
 
 def video_of(regime: Regime, places: Places, tasks: Sequence[str]) -> list[Path]:
@@ -239,10 +244,14 @@ def stage1_data(regime: Regime, places: Places, tasks: Sequence[str], progress: 
     data = stage1.build_data(model, itertools.chain(known, more), settings.horizon, seed)
     if regime.kind not in NAMED:
         return data
-    labelled = naming.windows(model, map(naming.film_of, demonstrations))
+    return stage1.name_actions(_namer(regime, places, tasks, model, progress).read, data, keep=slice(len(known)))
+
+
+def _namer(regime: Regime, places: Places, tasks: Sequence[str], model: WorldModel, progress: Progress) -> InverseDynamics:
+    """What names the regime's video for Stage 1: it has seen play and labelled demonstrations, as `model`'s VAE shows them."""
+    labelled = naming.windows(model, map(naming.film_of, few(places, tasks, regime.demonstrations)))
     pools = [(own_play(regime, places, tasks, progress), PLAY_SHARE), (labelled, 1.0 - PLAY_SHARE)]
-    inverse = naming.fit(pools, STAGE1["default"].latent_noise, seed)
-    return stage1.name_actions(inverse.read, data, keep=slice(len(known)))
+    return naming.fit(pools, STAGE1["default"].latent_noise, 0)
 
 
 def _counted(part: str, items: Iterable[T], total: int, progress: Progress) -> Iterator[T]:
@@ -373,12 +382,16 @@ def _train_worldmodel(regime: Regime, places: Places, tasks: Sequence[str], out:
     if regime.kind == "pretrained":
         video_of(regime, places, tasks)
         settings = replace(settings, more=places.more)
+    skill, name = places.part(replace(regime, worldmodel="skill"), "worldmodel"), None
+    if regime.worldmodel != "skill" and not skill.exists():
+        _train_worldmodel(replace(regime, worldmodel="skill"), places, tasks, skill, progress)
     if regime.worldmodel == "base":
-        skill = places.part(replace(regime, worldmodel="skill"), "worldmodel")
-        if not skill.exists():
-            _train_worldmodel(replace(regime, worldmodel="skill"), places, tasks, skill, progress)
         settings = replace(settings, segmented=False, vae_from=skill)
-    worldmodel_training.train_worldmodel(settings, progress)
+    if regime.worldmodel == "read":
+        settings = replace(settings, tune=skill, transformer=READ)
+        if regime.kind in NAMED:
+            name = _namer(regime, places, tasks, WorldModel.load(skill), progress).read
+    worldmodel_training.train_worldmodel(settings, progress, name)
     for file in partial.parent.glob(f"{out.stem}.*"):  # the weights and their card
         file.replace(out.parent / file.name)
     partial.parent.rmdir()

@@ -150,7 +150,7 @@ def compute(cell: Cell, places: Places, progress: Progress = no_progress) -> dic
     arena = Arena(
         adapters.actions.std.numpy(),
         distortion=distortions.DISTORTIONS[what["distortion"]],
-        segmented=regime.worldmodel == "skill",
+        segmented=regime.worldmodel != "base",
         textures=what["distortion"] == distortions.TEXTURES,
     )
     notes: dict[str, float] = {}

@@ -101,7 +101,7 @@ def boundary_drift(
     return {f"second_skill_{name}": errors[name] / errors["copied"] for name in ("fresh", "chained")}
 
 
-class _Probe(nn.Module):
+class Probe(nn.Module):
     """One latent -> one action chunk: the shape of the paper's video adapter, without its pooling."""
 
     def __init__(self, channels: int, height: int, width: int, actions: int) -> None:
@@ -139,7 +139,7 @@ def action_probe(
         hx, hy = _pairs(model, held_out, held, kind)
         mean, std = y.mean(0), y.std(0).clamp(min=1e-3)
         torch.manual_seed(seed)
-        probe = _Probe(*model.config.vae.latent_shape, train.chunks.shape[-1])
+        probe = Probe(*model.config.vae.latent_shape, train.chunks.shape[-1])
         optimiser = torch.optim.AdamW(probe.parameters(), lr=1e-3, weight_decay=1e-2)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=steps)
         for _ in range(steps):
@@ -176,12 +176,14 @@ def card_text(model: WorldModel, card: dict[str, Any]) -> str:
     parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
     method = "Regression" if model.config.noise_scale == 0 else "Flow matching"
     gpu = "a GPU and " if settings.get("device") == "cuda" else ""
-    vae = f"VAE as in {settings['vae_from']}" if settings["vae_from"] else f"VAE {settings['vae']}"
+    kept = settings["vae_from"] or settings["tune"]
+    vae = f"VAE as in {kept}" if kept else f"VAE {settings['vae']}"
+    seen = "no actions" if not settings["transformer"]["reading_weight"] else "actions too, which are to be read in its latents"
     lines = [
         "# Embedded world model",
         "",
         "Small causal video VAE (4x time, 8x space) and a small CosmosTransformer3DModel, conditioned on start frame and skill",
-        f"prompt. {method} (noise_scale {model.config.noise_scale:g}). Trained on video and prompts, no actions; gripper",
+        f"prompt. {method} (noise_scale {model.config.noise_scale:g}). Trained on video and prompts, {seen}; gripper",
         "widths cut the video into skills, and where the recorder disturbed the expert is known (`intended`).",
         "It knows the scenes of the tasks below; of no use elsewhere.",
         "",

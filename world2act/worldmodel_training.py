@@ -60,7 +60,9 @@ class VAESettings:
 class TransformerSettings:
     """Every step trains on `short_batch` clips of `short_horizon` latents or, with chance `long_share`, on `long_batch` clips
     of up to `long_horizon` latents. text_dropout: prompts replaced by '', so that guidance can be used; latent_stride: clips
-    begin at every such frame of an episode; averaging: decay of the running average of the weights."""
+    begin at every such frame of an episode; averaging: decay of the running average of the weights. reading_weight: of what a
+    small network, trained along and thrown away, reads of the actions in each imagined latent (Huber, normalised chunks): squared
+    error alone does not ask a latent to say what is done. 0: nobody looks at actions."""
 
     steps: int = 6000
     short_batch: int = 32
@@ -73,18 +75,19 @@ class TransformerSettings:
     text_dropout: float = 0.1
     latent_stride: int = 2
     averaging: float = 0.99
+    reading_weight: float = 0.0
     checkpoint_steps: int = 400
 
 
 @dataclass(frozen=True)
 class Settings:
-    """demos: folder of <split>/<task>.hdf5; out: weights file to write, with a card <name>.md beside it; vae_from: reuse the
-    VAE of this world model; split: of the demonstrations; segmented: false trains on whole episodes with their instruction
-    (Base-WM instead of Skill-WM); limit: demonstrations per task; own: folder of posttrain/<task>.hdf5, the robot's own episodes,
-    which train it too; more: folder of worldmodel/<task>.hdf5, video of other tasks: about half of what is drawn, however little
-    the rest is; max_horizon: latents ahead at most, for rollouts a whole skill;
-    device: what trains VAE and transformer; threads: CPU threads; probe_steps: training of the probe that measures how well
-    latents carry actions."""
+    """demos: folder of <split>/<task>.hdf5; out: weights file to write, with a card <name>.md beside it; vae_from: reuse the VAE
+    of this world model; split: of the demonstrations; segmented: false trains on whole episodes with their instruction (Base-WM
+    instead of Skill-WM); tune: go on from this world model, whose VAE stays; limit: demonstrations per task; own: folder of
+    posttrain/<task>.hdf5, the robot's own episodes, which train it too; more: folder of worldmodel/<task>.hdf5, video of other
+    tasks: about half of what is drawn, however little the rest is; max_horizon: latents ahead at most, for rollouts a whole
+    skill; device: what trains VAE and transformer; threads: CPU threads; probe_steps: training of the probe that measures how
+    well latents carry actions."""
 
     demos: Path
     out: Path
@@ -93,6 +96,7 @@ class Settings:
     limit: int | None = None
     tasks: tuple[str, ...] | None = None
     vae_from: Path | None = None
+    tune: Path | None = None
     segmented: bool = True
     split: Literal[Split.WORLDMODEL, Split.BASE] = Split.WORLDMODEL
     own: Path | None = None
@@ -213,19 +217,22 @@ def train_transformer(
     """
     generator = torch.Generator().manual_seed(seed)
     parameters = [*model.transformer.parameters(), *model.text.parameters()]
+    reader = _Reader(model, bank) if settings.reading_weight else None
+    if reader:
+        parameters += reader.probe.parameters()
     optimiser = torch.optim.AdamW(parameters, lr=settings.rate, betas=(0.9, 0.95), weight_decay=settings.weight_decay)
     schedule = warm_cosine(optimiser, settings.steps)
     average = [parameter.detach().clone() for parameter in parameters]
-    losses = {"short": 0.0, "long": 0.0}
-    seen = {"short": 0, "long": 0}
+    losses = {"short": 0.0, "long": 0.0} | ({"reading": 0.0} if reader else {})
+    seen = dict.fromkeys(losses, 0)
     model.train()
     for step in range(settings.steps):
         long = torch.rand((), generator=generator).item() < settings.long_share
         size, horizon = (settings.long_batch, settings.long_horizon) if long else (settings.short_batch, settings.short_horizon)
         starts = bank.starts[torch.randint(len(bank.starts), (size,), generator=generator)]
-        loss = _loss(model, bank, starts, horizon, settings.text_dropout, generator, precision)
+        latent, read = _losses(model, bank, reader, starts, horizon, settings.text_dropout, generator, precision)
         optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        (latent + settings.reading_weight * read).backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
         schedule.step()
@@ -236,10 +243,11 @@ def train_transformer(
             checkpoint()
             if step + 1 < settings.steps:
                 _assign(parameters, latest)
-        kind = "long" if long else "short"
-        keep = min(0.98, seen[kind] / (seen[kind] + 1))
-        losses[kind] = keep * losses[kind] + (1 - keep) * loss.item()
-        seen[kind] += 1
+        found = {"long" if long else "short": latent} | ({"reading": read} if reader else {})
+        for kind, value in found.items():
+            keep = min(0.98, seen[kind] / (seen[kind] + 1))
+            losses[kind] = keep * losses[kind] + (1 - keep) * value.item()
+            seen[kind] += 1
         progress("world model", step + 1, settings.steps, losses)
     model.eval()
     return {f"loss_{kind}": value for kind, value in losses.items()}
@@ -251,15 +259,32 @@ def _assign(parameters: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) 
         parameter.copy_(value)
 
 
-def _loss(
+class _Reader:
+    """Reads actions in imagined latents while these are learned, so that there are some to read."""
+
+    def __init__(self, model: WorldModel, bank: LatentBank) -> None:
+        self.probe = worldmodel_metrics.Probe(*model.config.vae.latent_shape, bank.chunks.shape[-1]).to(model.vae.mean.device)
+        chunks = bank.chunks[bank.starts].flatten(1)
+        self.mean, self.std = chunks.mean(0), chunks.std(0).clamp(min=1e-3)
+
+    def errors(self, latents: torch.Tensor, chunks: torch.Tensor) -> torch.Tensor:
+        """Of each latent (B, n, C, h, w) of its chunk (B, n, M, A): (B, n)."""
+        wanted = (chunks.flatten(2) - self.mean.to(chunks)) / self.std.to(chunks)
+        read = self.probe(latents.flatten(0, 1)).unflatten(0, latents.shape[:2])
+        return torch.nn.functional.smooth_l1_loss(read, wanted, reduction="none").mean(dim=2)
+
+
+def _losses(
     model: WorldModel,
     bank: LatentBank,
+    reader: _Reader | None,
     starts: torch.Tensor,
     horizon: int,
     text_dropout: float,
     generator: torch.Generator,
     precision: Precision,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the latents, and of the actions read in them: zero without a reader, and for clips whose prompt was dropped."""
     device = model.vae.mean.device
     batch = bank.batch(starts, horizon).to(device)
     size = len(starts)
@@ -273,16 +298,27 @@ def _loss(
     prompts = ["" if drop else prompt for prompt, drop in zip(batch.prompts, dropped.tolist(), strict=True)]
     t = t.to(device)
     at = t[:, None, None, None, None]
+    x = (1 - at) * x0 + at * x1
     # Under bfloat16 torch's fused CPU attention is slow backwards for short sequences: half of a step.
     kernel = SDPBackend.MATH if horizon < FUSED_FROM else SDPBackend.FLASH_ATTENTION
     with autocast(precision, device), sdpa_kernel(kernel) if device.type == "cpu" else nullcontext():
-        v = model.velocity((1 - at) * x0 + at * x1, batch.start, prompts, t).float()
+        v = model.velocity(x, batch.start, prompts, t).float()
     errors = (v - (x1 - x0))[:, 1:].square().mean(dim=(2, 3, 4))
-    return (errors * batch.mask).sum() / batch.mask.sum().clamp(min=1)
+    latent = (errors * batch.mask).sum() / batch.mask.sum().clamp(min=1)
+    if reader is None:
+        return latent, torch.zeros_like(latent)
+    said = batch.mask & ~dropped.to(device)[:, None]
+    read = reader.errors((x - at * v)[:, 1:], batch.chunks)
+    return latent, (read * said).sum() / said.sum().clamp(min=1)
 
 
-def train_worldmodel(settings: Settings, progress: Progress = no_progress) -> WorldModel:
-    """The whole recipe: read, cut, VAE, latents, transformer, metrics; writes weights and card. Returns the model."""
+def train_worldmodel(
+    settings: Settings, progress: Progress = no_progress, name: Callable[[torch.Tensor], torch.Tensor] | None = None
+) -> WorldModel:
+    """The whole recipe: read, cut, VAE, latents, transformer, metrics; writes weights and card. Returns the model.
+
+    name: latents of the video (n, C, h, w) -> the actions (n, M, A) that stand for recorded ones, which nobody then looks at.
+    """
     torch.manual_seed(settings.seed)
     torch.set_num_threads(settings.threads)
     times: dict[str, float] = {}
@@ -293,7 +329,8 @@ def train_worldmodel(settings: Settings, progress: Progress = no_progress) -> Wo
         times[part], clock = round(time.monotonic() - clock, 1), time.monotonic()
 
     device = device_of(settings.device)
-    model = WorldModel(WorldModelConfig(noise_scale=settings.noise_scale, max_horizon=settings.max_horizon))
+    config = WorldModelConfig(noise_scale=settings.noise_scale, max_horizon=settings.max_horizon)
+    model = WorldModel(config) if settings.tune is None else WorldModel.load(settings.tune).requires_grad_(True)
     model.to(device)
     rows = model.config.vae.active_rows
     cut = read_cut(settings.demos, [settings.split], rows, settings.tasks, settings.limit, settings.segmented)
@@ -308,12 +345,14 @@ def train_worldmodel(settings: Settings, progress: Progress = no_progress) -> Wo
     metrics: dict[str, float] = {}
     if settings.vae_from is not None:
         model.vae.load_state_dict(WorldModel.load(settings.vae_from).vae.state_dict())
-    else:
+    elif settings.tune is None:
         metrics |= train_vae(model.vae, cut.episodes, settings.vae, settings.seed, settings.precision, progress)
         model.save(settings.out.with_suffix(".vae.safetensors"), {"part": "VAE trained, transformer not: go on with --vae-from"})
     lap("vae")
     model.vae.eval().requires_grad_(False)
     bank = LatentBank(model.vae, cut.episodes, settings.transformer.latent_stride, progress)
+    if name is not None:
+        bank.name(name)
     held_bank = LatentBank(model.vae, held_out.episodes, settings.transformer.latent_stride)
     lap("latents")
     metrics |= train_transformer(

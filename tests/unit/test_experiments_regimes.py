@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from world2act import worldmodel_training
 from world2act.console import Progress
 from world2act.models.adapters import Adapters, AdapterSettings
 from world2act.models.tiny_policy import TinyPolicy
+from world2act.models.worldmodel import WorldModel
 from world2act.normalisation import Statistics
 from world2act.schedule import EpisodeSpec
 from world2act.splits import Split
@@ -44,8 +46,11 @@ def test_base_wm_is_trained_on_whole_episodes_with_the_vae_of_its_skill_wm(
 ) -> None:
     trained: list[worldmodel_training.Settings] = []
 
-    def train(settings: worldmodel_training.Settings, progress: Progress) -> None:
+    names: list[object] = []
+
+    def train(settings: worldmodel_training.Settings, progress: Progress, name: object) -> None:
         trained.append(settings)
+        names.append(name)
         settings.out.touch()
 
     monkeypatch.setattr(worldmodel_training, "train_worldmodel", train)
@@ -79,6 +84,14 @@ def test_base_wm_is_trained_on_whole_episodes_with_the_vae_of_its_skill_wm(
         and matched.vae_from == places.part(Regime("matched", 10), "worldmodel")
         and (matched.split, matched.limit) == (Split.BASE, 10)
     )
+    assert names == [None] * 5
+    monkeypatch.setattr(WorldModel, "load", lambda path: path)
+    monkeypatch.setattr(regimes, "_namer", lambda regime, *_: SimpleNamespace(read=regime.name))
+    for regime in (Regime("video-rich", 4, "read"), Regime("shipped", 4, "read")):
+        regimes._train_worldmodel(regime, places, ["reach"], places.part(regime, "worldmodel"))
+        assert trained[-1].tune == tmp_path / "zoo" / "worldmodel.safetensors" and trained[-1].segmented
+        assert trained[-1].transformer.reading_weight > 0 and regime.name in str(places.part(regime, "worldmodel"))
+    assert names[5:] == ["video-rich-4-read-wm", None], "what has no labels is named; what has, is not"
 
 
 def test_base_wm_is_asked_with_the_instruction() -> None:

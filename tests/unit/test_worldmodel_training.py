@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -103,6 +104,19 @@ def test_world_model_beats_copying_the_start(trained: tuple[WorldModel, LatentBa
     errors = worldmodel_metrics.latent_errors(model, bank, rows=16)
     assert set(errors) == {"error_vs_copy_at_1", "error_vs_copy_at_4"}  # no clip is 8 latents long
     assert errors["error_vs_copy_at_1"] < 0.8
+
+
+def test_a_latent_that_must_be_read_says_what_is_done(trained: tuple[WorldModel, LatentBank, list[float]]) -> None:
+    model, bank, _ = trained
+    named = copy.copy(bank)
+    named.chunks = bank.chunks.clone()
+    named.name(lambda latents: torch.full((len(latents), 4, 4), 0.5))
+    assert (named.chunks[named.wanted] == 0.5).all() and not (bank.chunks[bank.wanted] == 0.5).any()
+    settings = TransformerSettings(steps=60, short_batch=4, long_batch=2, long_horizon=4, rate=5e-3)
+    tuned, seen = copy.deepcopy(model), []
+    train_transformer(tuned, bank, replace(settings, reading_weight=4.0), 0, progress=lambda *a: seen.append(dict(a[3])))
+    assert 0 < seen[-1]["reading"] < 0.7 * seen[0]["reading"]
+    assert worldmodel_metrics.latent_errors(tuned, bank, rows=16)["error_vs_copy_at_1"] < 0.8, "what it shows is still true"
 
 
 def test_vae_refuses_other_splits() -> None:
@@ -221,6 +235,15 @@ def test_whole_recipes_write_weights_and_cards(tmp_path: Path) -> None:
     assert command + "--probe-steps 2 --vae.steps 1 --vae.batch 2 --vae.normalising-windows 4 --transformer.steps 2 " in card
     assert str(tmp_path) not in card, "no path of this machine"
     assert not list(tmp_path.glob("*.vae.safetensors"))
+    read = TransformerSettings(steps=1, short_batch=2, long_batch=2, long_horizon=2, reading_weight=1.0)
+    tuned = worldmodel_training.train_worldmodel(
+        replace(settings, out=tmp_path / "read.safetensors", tune=settings.out, transformer=read),
+        name=lambda latents: torch.zeros(len(latents), 4, 4),
+    )
+    card = (tmp_path / "read.md").read_text()
+    assert "VAE as in worldmodel.safetensors" in card and "actions too" in card and "--transformer.reading-weight 1.0" in card
+    assert all(torch.equal(new, old) for new, old in zip(tuned.vae.parameters(), loaded.vae.parameters(), strict=True))
+    assert tuned.hash != loaded.hash and tuned.card["metrics"]["loss_reading"] < 0.1, "all names are the same"
     policy = train_base(Settings(demos=tmp_path, out=tmp_path / "base.safetensors", steps=2, per_task=1))
     assert TinyPolicy.load(tmp_path / "base.safetensors").hash == policy.hash
     assert "train-base --demos " in (card := (tmp_path / "base.md").read_text()) and "--per-task 1 --steps 2`" in card

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -233,6 +233,12 @@ class LatentBank:
         at = at[at + M < len(frames)]
         seen = frames[at[:, None] + torch.arange(M + 1)]
         self.moving[offset + at] = vae.normalise(vae.moments(to_float(seen))[0]).half().cpu()
+
+    @torch.no_grad()
+    def name(self, read: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Put what `read` makes of `moving` (n, C, h, w), chunks (n, M, A), in the place of the recorded actions."""
+        for at in torch.split(self.wanted.nonzero()[:, 0], 1024):
+            self.chunks[at] = read(self.moving[at].float())
 
     def batch(self, starts: torch.Tensor, horizon: int) -> Batch:
         """Clips from `starts` (B,), frame numbers out of `self.starts`, `horizon` latents ahead."""
