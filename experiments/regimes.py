@@ -382,15 +382,16 @@ def _train_worldmodel(regime: Regime, places: Places, tasks: Sequence[str], out:
     if regime.kind == "pretrained":
         video_of(regime, places, tasks)
         settings = replace(settings, more=places.more)
-    skill, name = places.part(replace(regime, worldmodel="skill"), "worldmodel"), None
+    name, before = None, replace(regime, worldmodel="skill")
+    skill = places.part(before, "worldmodel")
     if regime.worldmodel != "skill" and not skill.exists():
-        _train_worldmodel(replace(regime, worldmodel="skill"), places, tasks, skill, progress)
+        _train_worldmodel(before, places, tasks, skill, progress)
     if regime.worldmodel == "base":
         settings = replace(settings, segmented=False, vae_from=skill)
     if regime.worldmodel == "read":
         settings = replace(settings, tune=skill, transformer=READ)
         if regime.kind in NAMED:
-            name = _namer(regime, places, tasks, WorldModel.load(skill), progress).read
+            name = _namer(before, places, tasks, WorldModel.load(skill), progress).read
     worldmodel_training.train_worldmodel(settings, progress, name)
     for file in partial.parent.glob(f"{out.stem}.*"):  # the weights and their card
         file.replace(out.parent / file.name)
