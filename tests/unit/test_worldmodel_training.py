@@ -110,7 +110,7 @@ def test_a_latent_that_must_be_read_says_what_is_done(trained: tuple[WorldModel,
     model, bank, _ = trained
     named = copy.copy(bank)
     named.chunks = bank.chunks.clone()
-    named.name(lambda latents: torch.full((len(latents), 4, 4), 0.5))
+    named.name(lambda latents: torch.full((*latents.shape[:2], 4, 4), 0.5))
     assert (named.chunks[named.wanted] == 0.5).all() and not (bank.chunks[bank.wanted] == 0.5).any()
     settings = TransformerSettings(steps=60, short_batch=4, long_batch=2, long_horizon=4, rate=5e-3)
     tuned, seen = copy.deepcopy(model), []
@@ -238,7 +238,7 @@ def test_whole_recipes_write_weights_and_cards(tmp_path: Path) -> None:
     read = TransformerSettings(steps=1, short_batch=2, long_batch=2, long_horizon=2, reading_weight=1.0)
     tuned = worldmodel_training.train_worldmodel(
         replace(settings, out=tmp_path / "read.safetensors", tune=settings.out, transformer=read),
-        name=lambda latents: torch.zeros(len(latents), 4, 4),
+        name=lambda latents: torch.zeros(*latents.shape[:2], 4, 4),
     )
     card = (tmp_path / "read.md").read_text()
     assert "VAE as in worldmodel.safetensors" in card and "actions too" in card and "--transformer.reading-weight 1.0" in card

@@ -236,9 +236,9 @@ class LatentBank:
 
     @torch.no_grad()
     def name(self, read: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Put what `read` makes of `moving` (n, C, h, w), chunks (n, M, A), in the place of the recorded actions."""
+        """Put what `read` makes of `moving`, (n, 1, C, h, w) -> (n, 1, M, A), in the place of the recorded actions."""
         for at in torch.split(self.wanted.nonzero()[:, 0], 1024):
-            self.chunks[at] = read(self.moving[at].float())
+            self.chunks[at] = read(self.moving[at, None].float())[:, 0]
 
     def batch(self, starts: torch.Tensor, horizon: int) -> Batch:
         """Clips from `starts` (B,), frame numbers out of `self.starts`, `horizon` latents ahead."""
