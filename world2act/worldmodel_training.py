@@ -317,7 +317,7 @@ def train_worldmodel(
 ) -> WorldModel:
     """The whole recipe: read, cut, VAE, latents, transformer, metrics; writes weights and card. Returns the model.
 
-    name: latents of the video (n, 1, C, h, w) -> the actions (n, 1, M, A) in the place of recorded ones, at which nobody looks then.
+    name: latents of the video (n, 1, C, h, w) -> the actions (n, 1, M, A) in the place of recorded ones, which nobody sees then.
     """
     torch.manual_seed(settings.seed)
     torch.set_num_threads(settings.threads)
