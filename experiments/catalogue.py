@@ -99,6 +99,7 @@ METHODS = (
     ("more-cloning", ""),
     ("named-cloning", ""),
     ("named-cloning-blind", ""),
+    ("latent-cloning", ""),
     ("named-residual", ""),
     ("dreamgen", "0.705"),
     ("inverse-dynamics", ""),
@@ -271,7 +272,8 @@ EXPERIMENTS: dict[str, Experiment] = {
         "Methods (paper Table 1, Fig. 3)",
         "Baselines in small, on the same base, data, scenes and budget, named after what they imitate. Bounds are not methods: "
         "in `imagination` the targets act themselves, oracles use the simulator's expert. named-cloning is the base cloned "
-        "from the regime's video too, its actions named as for the others; blind: without proprioception; named-residual: the "
+        "from the regime's video too, its actions named as for the others; blind: without proprioception; latent-cloning: by "
+        "an imitator of the latent and prompt that the world model is asked with; named-residual: the "
         "residual fitted to the same, without imagination or rollouts; film-cloned-4: post-trained on top of named-cloning "
         "(seed 0), with its own play and Stage 1; read: with a world model that was trained on so that the named actions can be "
         "read in what it imagines, and a Stage 1 of its own. Distorted cameras and new textures are met in post-training and "

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from experiments.methods import cloning, ctrl_world, dreamgen, inverse_dynamics, lora, named_residual, oracles, vla_rft, world2act
+from experiments.methods import (
+    cloning,
+    ctrl_world,
+    dreamgen,
+    inverse_dynamics,
+    latent_cloning,
+    lora,
+    named_residual,
+    oracles,
+    vla_rft,
+    world2act,
+)
 from experiments.methods.base import Method
 
 METHODS: dict[str, Method] = {
@@ -10,6 +21,7 @@ METHODS: dict[str, Method] = {
     "more-cloning": cloning.more,
     "named-cloning": cloning.named,
     "named-cloning-blind": cloning.named_blind,
+    "latent-cloning": latent_cloning.train,
     "named-residual": named_residual.train,
     "world2act": world2act.train,
     "dreamgen": dreamgen.train,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from experiments import naming
 from experiments.arena import Policy, Run
-from experiments.methods import METHODS, action_worldmodel, cloning, ctrl_world, lora, named_residual, vla_rft
+from experiments.methods import METHODS, action_worldmodel, cloning, ctrl_world, latent_cloning, lora, named_residual, vla_rft
 from experiments.methods.action_worldmodel import Imagined, Transitions
 from experiments.methods.base import Frozen, Parts, WithResidual
 from experiments.naming import Windows
@@ -308,6 +308,21 @@ def test_cloning_without_proprioception_neither_learns_from_it_nor_acts_on_it(
     frames = torch.zeros(1, 128, 128, 3, dtype=torch.uint8)
     here, there = (policy.act(frames, torch.full((1, 4), place), ["push"], ["push"])[1] for place in (0.0, 0.5))
     assert torch.equal(here, there) and torch.equal(here, parts.base.act(frames, torch.zeros(1, 4), ["push"]))
+
+
+def test_the_imitator_of_latents_sees_latent_and_prompt_alone(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latent_cloning, "STEPS", 3)
+    episode = next(iter(parts.named()))
+    wanted = np.ones(len(episode.actions), dtype=bool)
+    wanted[5] = False
+    latents, chunks, prompts = latent_cloning._shown(parts, replace(episode, intended=wanted))
+    starts = [t for t in range(0, len(episode.actions) - M + 1, 2) if not t <= 5 < t + M]
+    assert len(latents) == len(chunks) == len(prompts) <= len(starts) and set(prompts) and latents.dtype == torch.float16
+    policy = METHODS["latent-cloning"](parts)
+    frames = torch.randint(256, (1, 128, 128, 3), dtype=torch.uint8)
+    cases = ((0.0, "grasp"), (1.0, "grasp"), (0.0, "lift"))
+    asked = [policy.act(frames, torch.full((1, 4), place), ["push"], [said])[1] for place, said in cases]
+    assert torch.equal(asked[0], asked[1]) and not torch.equal(asked[0], asked[2]) and asked[0].abs().max() <= 1.0
 
 
 # --- end to end
