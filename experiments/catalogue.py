@@ -131,11 +131,11 @@ def _methods(tasks: Sequence[str]) -> list[Row]:
     rows.append(Row("world2act, decode", Variant("decode", regime=RICH, settings=DECODE), ("base", "inverse-dynamics")))
     others = [row.label for row in rows]
     rows.append(Row("world2act", _ours(RICH), tuple(others), "0.726"))
-    rows.append(Row("inverse-dynamics, read", _named("inverse-dynamics", READ), ("base", "inverse-dynamics")))
-    rivals = ("base", "named-cloning", "named-residual", "dreamgen", "world2act", "inverse-dynamics, read")
-    rows.append(Row("world2act, read", _ours(READ), rivals))
+    rows.append(Row(reader := f"inverse-dynamics, {READ.name}", _named("inverse-dynamics", READ), ("base", "inverse-dynamics")))
+    rivals = ("base", "named-cloning", "named-residual", "dreamgen", "world2act", reader)
+    rows.append(Row(f"world2act, {READ.name}", _ours(READ), rivals))
     rows += [Row(name, bound, ("base",), bound=True) for name, bound in _bounds(RICH)]
-    rows.append(Row("imagination, read", _named("imagination", READ), ("base", "imagination"), bound=True))
+    rows.append(Row(f"imagination, {READ.name}", _named("imagination", READ), ("base", "imagination"), bound=True))
     for distortion in DISTORTIONS:
         base = f"base, {distortion}"
         rows.append(_base(RICH, base, distortion))
@@ -270,14 +270,15 @@ EXPERIMENTS: dict[str, Experiment] = {
     ),
     "methods": Experiment(
         "Methods (paper Table 1, Fig. 3)",
-        "Baselines in small, on the same base, data, scenes and budget, named after what they imitate. Bounds are not methods: "
-        "in `imagination` the targets act themselves, oracles use the simulator's expert. named-cloning is the base cloned "
-        "from the regime's video too, its actions named as for the others; blind: without proprioception; latent-cloning: by "
-        "an imitator of the latent and prompt that the world model is asked with; named-residual: the "
-        "residual fitted to the same, without imagination or rollouts; film-cloned-4: post-trained on top of named-cloning "
-        "(seed 0), with its own play and Stage 1; read: with a world model that was trained on so that the named actions can be "
-        "read in what it imagines, and a Stage 1 of its own. Distorted cameras and new textures are met in post-training and "
-        "evaluation (of textures, seed 0, scenes of one index share their draw); base, world model, Stage 1 and film have not.",
+        "Baselines in small, on the same base, data, scenes and budget, named after what they imitate. Bounds are not "
+        "methods: in `imagination` the targets act themselves, oracles use the simulator's expert. named-cloning is the base "
+        "cloned from the regime's video too, its actions named as for the others; blind: without proprioception; latent- "
+        "cloning: by an imitator of the latent and prompt that the world model is asked with; named-residual: the residual "
+        "fitted to the same, without imagination or rollouts; film-cloned-4: post-trained on top of named-cloning (seed 0), "
+        "with its own play and Stage 1; read-wm: with a world model that was trained on so that the named actions can be read "
+        "in what it imagines, and a Stage 1 of its own. Distorted cameras and new textures are met in post-training and "
+        "evaluation (of textures, seed 0, scenes of one index share their draw); base, world model, Stage 1 and film have "
+        "not.",
         _methods,
     ),
     "worldmodel": Experiment(

@@ -31,7 +31,7 @@ from rich.table import Table
 from torch import Tensor
 
 from experiments.arena import Arena, Run
-from experiments.catalogue import MEASURED_AT, SHIPPED
+from experiments.catalogue import MEASURED_AT, READ, SHIPPED
 from experiments.cells import write_whole
 from experiments.policies import Frozen
 from experiments.regimes import PARTS, Places, Regime, lacking, weights
@@ -45,7 +45,8 @@ from world2act.schedule import EpisodeSpec
 from world2act.splits import Split
 from world2act.types import Episode, M
 
-REGIMES = {r.name: r for r in (SHIPPED, *(Regime(kind, count) for kind, counts in MEASURED_AT.items() for count in counts))}
+_BY_SIZE = (Regime(kind, count) for kind, counts in MEASURED_AT.items() for count in counts)
+REGIMES = {regime.name: regime for regime in (SHIPPED, *_BY_SIZE, READ)}
 COLUMNS = ("base", "true", "imagined", "|expert|", "|base|", "|imagined|", "latent")
 ALL = "all"
 """Row of all tasks, and name of all regimes."""
