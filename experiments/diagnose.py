@@ -185,12 +185,12 @@ def show(title: str, rows: Mapping[str, list[float]]) -> Table:
 def verdict(demos: bool) -> str:
     """What the ratio says, as far as it was measured."""
     seen = (
-        "gained 28 and 17 points at 0.28 and 0.49, next to nothing at 0.56 and 0.65, and did harm from 0.7 on"
+        "gained 28, 20 and 17 points at 0.28, 0.46 and 0.49, next to nothing at 0.56 and 0.65, and did harm from 0.7 on"
         if demos
         else "gained below 0.75 and did harm from 0.98 on"
     )
     return (
-        "ratio: error of imagined targets / error of the base. In twelve regimes of Meta-World post-training "
+        "ratio: error of imagined targets / error of the base. In thirteen regimes of Meta-World post-training "
         f'{seen} (docs/findings.md, "When to expect a gain"). Other columns: world2act diagnose --help.'
     )
 
