@@ -125,7 +125,8 @@ def _bounds(regime: Regime) -> list[tuple[str, Variant]]:
 def _methods(tasks: Sequence[str]) -> list[Row]:
     rows = [_base(RICH, paper="0.701")]
     for name, paper in METHODS:  # LoRA: our loss and targets, another learner
-        rows.append(Row(name, Variant(name, name, RICH) if name.startswith("lora") else _named(name, RICH), ("base",), paper))
+        variant = Variant(name, name, RICH) if name.startswith("lora") else _named(name, RICH)
+        rows.append(Row(name, variant, ("base", "named-cloning") if name == "latent-cloning" else ("base",), paper))
     for name in ("named-residual", "inverse-dynamics"):  # with our loss
         rows.append(Row(f"{name}, cosine", Variant(f"{name}-cosine", name, RICH), ("base", name)))
     rows.append(Row("world2act, decode", Variant("decode", regime=RICH, settings=DECODE), ("base", "inverse-dynamics")))
@@ -272,11 +273,11 @@ EXPERIMENTS: dict[str, Experiment] = {
         "Methods (paper Table 1, Fig. 3)",
         "Baselines in small, on the same base, data, scenes and budget, named after what they imitate. Bounds are not "
         "methods: in `imagination` the targets act themselves, oracles use the simulator's expert. named-cloning is the base "
-        "cloned from the regime's video too, its actions named as for the others; blind: without proprioception; latent- "
-        "cloning: by an imitator of the latent and prompt that the world model is asked with; named-residual: the residual "
-        "fitted to the same, without imagination or rollouts; film-cloned-4: post-trained on top of named-cloning (seed 0), "
-        "with its own play and Stage 1; read-wm: with a world model that was trained on so that the named actions can be read "
-        "in what it imagines, and a Stage 1 of its own. Distorted cameras and new textures are met in post-training and "
+        "cloned from the regime's video too, its actions named as for the others; blind: without proprioception; "
+        "latent-cloning: by an imitator of the latent and prompt that the world model is asked with; named-residual: the "
+        "residual fitted to the same, without imagination or rollouts; film-cloned-4: post-trained on top of named-cloning "
+        "(seed 0), with its own play and Stage 1; read-wm: with a world model that was trained on so that the named actions can be "
+        "read in what it imagines, and a Stage 1 of its own. Distorted cameras and new textures are met in post-training and "
         "evaluation (of textures, seed 0, scenes of one index share their draw); base, world model, Stage 1 and film have "
         "not.",
         _methods,

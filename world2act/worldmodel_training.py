@@ -312,13 +312,29 @@ def _losses(
     return latent, (read * said).sum() / said.sum().clamp(min=1)
 
 
+def _check(settings: Settings) -> None:
+    if settings.transformer.reading_weight < 0:
+        raise ValueError(f"transformer.reading_weight: must be >= 0, got {settings.transformer.reading_weight:g}")
+    fresh = Settings(settings.demos, settings.out)
+    given = [
+        name for name in ("vae_from", "noise_scale", "max_horizon", "vae") if getattr(settings, name) != getattr(fresh, name)
+    ]
+    if settings.tune is not None and given:
+        raise ValueError(
+            f"{', '.join(given)}: with tune they are those of the world model that training goes on from; leave them out"
+        )
+
+
 def train_worldmodel(
     settings: Settings, progress: Progress = no_progress, name: Callable[[torch.Tensor], torch.Tensor] | None = None
 ) -> WorldModel:
     """The whole recipe: read, cut, VAE, latents, transformer, metrics; writes weights and card. Returns the model.
 
+    Raises ValueError for settings that contradict `tune`.
+
     name: latents of the video (n, 1, C, h, w) -> the actions (n, 1, M, A) in the place of recorded ones, which nobody sees then.
     """
+    _check(settings)
     torch.manual_seed(settings.seed)
     torch.set_num_threads(settings.threads)
     times: dict[str, float] = {}

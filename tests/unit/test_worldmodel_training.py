@@ -113,7 +113,15 @@ def test_a_latent_that_must_be_read_says_what_is_done(trained: tuple[WorldModel,
     named.name(lambda latents: torch.full((*latents.shape[:2], 4, 4), 0.5))
     assert (named.chunks[named.wanted] == 0.5).all() and not (bank.chunks[bank.wanted] == 0.5).any()
     settings = TransformerSettings(steps=60, short_batch=4, long_batch=2, long_horizon=4, rate=5e-3)
-    tuned, seen = copy.deepcopy(model), []
+    tuned, seen = copy.deepcopy(model).requires_grad_(True), []
+    reader = worldmodel_training._Reader(tuned, bank)
+    for dropped in (1.0, 0.0):
+        generator = torch.Generator().manual_seed(0)
+        _, read = worldmodel_training._losses(tuned, bank, reader, bank.starts[:4], 2, dropped, generator, "auto")
+        assert (read == 0) == (dropped == 1.0), "without its prompt a clip does not say what is done"
+    read.backward()  # type: ignore[no-untyped-call]
+    assert any(p.grad is not None and p.grad.any() for p in tuned.transformer.parameters()), "it teaches the world model"
+    tuned = copy.deepcopy(model)
     train_transformer(tuned, bank, replace(settings, reading_weight=4.0), 0, progress=lambda *a: seen.append(dict(a[3])))
     assert 0 < seen[-1]["reading"] < 0.7 * seen[0]["reading"]
     assert worldmodel_metrics.latent_errors(tuned, bank, rows=16)["error_vs_copy_at_1"] < 0.8, "what it shows is still true"
@@ -237,9 +245,15 @@ def test_whole_recipes_write_weights_and_cards(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.vae.safetensors"))
     read = TransformerSettings(steps=1, short_batch=2, long_batch=2, long_horizon=2, reading_weight=1.0)
     tuned = worldmodel_training.train_worldmodel(
-        replace(settings, out=tmp_path / "read.safetensors", tune=settings.out, transformer=read),
+        replace(settings, out=tmp_path / "read.safetensors", tune=settings.out, transformer=read, vae=VAESettings()),
         name=lambda latents: torch.zeros(*latents.shape[:2], 4, 4),
     )
+    with pytest.raises(ValueError, match="vae_from, noise_scale: with tune"):
+        worldmodel_training.train_worldmodel(
+            replace(settings, tune=settings.out, vae=VAESettings(), vae_from=settings.out, noise_scale=0.5)
+        )
+    with pytest.raises(ValueError, match=r"transformer.reading_weight: must be >= 0, got -1"):
+        worldmodel_training.train_worldmodel(replace(settings, transformer=replace(read, reading_weight=-1.0)))
     card = (tmp_path / "read.md").read_text()
     assert "VAE as in worldmodel.safetensors" in card and "actions too" in card and "--transformer.reading-weight 1.0" in card
     assert all(torch.equal(new, old) for new, old in zip(tuned.vae.parameters(), loaded.vae.parameters(), strict=True))
