@@ -320,9 +320,7 @@ def _check(settings: Settings) -> None:
         name for name in ("vae_from", "noise_scale", "max_horizon", "vae") if getattr(settings, name) != getattr(fresh, name)
     ]
     if settings.tune is not None and given:
-        raise ValueError(
-            f"{', '.join(given)}: with tune they are those of the world model that training goes on from; leave them out"
-        )
+        raise ValueError(f"{', '.join(given)}: with tune they are those of the world model that it goes on from; leave them out")
 
 
 def train_worldmodel(
