@@ -276,7 +276,8 @@ EXPERIMENTS: dict[str, Experiment] = {
         "cloned from the regime's video too, its actions named as for the others; blind: without proprioception; "
         "latent-cloning: by an imitator of the latent and prompt that the world model is asked with; named-residual: the "
         "residual fitted to the same, without imagination or rollouts; film-cloned-4: post-trained on top of named-cloning "
-        "(seed 0), with its own play and Stage 1; read-wm: with a world model that was trained on so that the named actions can be "
+        "(seed 0), with its own play and Stage 1; read-wm: with a world model that was trained on so that the named "
+        "actions can be "
         "read in what it imagines, and a Stage 1 of its own. Distorted cameras and new textures are met in post-training and "
         "evaluation (of textures, seed 0, scenes of one index share their draw); base, world model, Stage 1 and film have "
         "not.",
