@@ -54,6 +54,7 @@ INVERSE_STEPS = 3000
 D_a(E_v) 0.856 (decision 041)."""
 READ = TransformerSettings(steps=2500, short_batch=48, short_horizon=1, long_share=0.1, rate=1e-3, reading_weight=4.0)
 """How a world model "read" is trained on: mostly one latent ahead, as closed-loop targets ask."""
+TRAINED_ON = {"read": READ, "longer": replace(READ, reading_weight=0.0)}
 PLAY_SHARE = 0.75
 """Of the batches that the inverse-dynamics model learns from; the rest is of the labelled demonstrations."""
 
@@ -62,11 +63,11 @@ PLAY_SHARE = 0.75
 class Regime:
     """demonstrations: labelled ones per task that the base has seen. worldmodel "base": trained on whole episodes with their
     instruction as the prompt, and asked that way; "read": "skill", trained on so that actions can be read in what it imagines,
-    those that Stage 1 goes by. stage1: preset of the adapters."""
+    those that Stage 1 goes by; "longer": trained on as long without that, its control. stage1: preset of the adapters."""
 
     kind: Kind = "shipped"
     demonstrations: int = 4
-    worldmodel: Literal["skill", "base", "read"] = "skill"
+    worldmodel: Literal["skill", "base", "read", "longer"] = "skill"
     stage1: Preset = "default"
 
     @property
@@ -98,8 +99,8 @@ class Places:
             folder = self.cache / plain.name if regime.kind == "film-cloned" else folder
         elif name == "worldmodel" and regime.worldmodel == "base":
             folder = self.cache / (f"{plain.name}-base-wm" if regime.kind in OWN_WORLDMODEL else "base-wm")
-        elif name == "worldmodel" and regime.worldmodel == "read":
-            folder = self.cache / f"{plain.name}-read-wm"
+        elif name == "worldmodel" and regime.worldmodel in TRAINED_ON:
+            folder = self.cache / f"{plain.name}-{regime.worldmodel}-wm"
         elif regime.kind == "shipped" and (name == "worldmodel" or regime == plain):
             folder = self.zoo
         elif name == "worldmodel":
@@ -388,9 +389,9 @@ def _train_worldmodel(regime: Regime, places: Places, tasks: Sequence[str], out:
         _train_worldmodel(before, places, tasks, skill, progress)
     if regime.worldmodel == "base":
         settings = replace(settings, segmented=False, vae_from=skill)
-    if regime.worldmodel == "read":
-        settings = replace(settings, tune=skill, transformer=READ)
-        if regime.kind in NAMED:
+    if regime.worldmodel in TRAINED_ON:
+        settings = replace(settings, tune=skill, transformer=TRAINED_ON[regime.worldmodel])
+        if regime.worldmodel == "read" and regime.kind in NAMED:
             name = _namer(before, places, tasks, WorldModel.load(skill), progress).read
     worldmodel_training.train_worldmodel(settings, progress, name)
     for file in partial.parent.glob(f"{out.stem}.*"):  # the weights and their card

@@ -91,7 +91,11 @@ def test_base_wm_is_trained_on_whole_episodes_with_the_vae_of_its_skill_wm(
         regimes._train_worldmodel(regime, places, ["reach"], places.part(regime, "worldmodel"))
         assert trained[-1].tune == tmp_path / "zoo" / "worldmodel.safetensors" and trained[-1].segmented
         assert trained[-1].transformer.reading_weight > 0 and regime.name in str(places.part(regime, "worldmodel"))
-    assert names[5:] == ["video-rich-4", None], "what has no labels is named; what has, is not"
+    longer = Regime("video-rich", 4, "longer")
+    regimes._train_worldmodel(longer, places, ["reach"], places.part(longer, "worldmodel"))
+    read = trained[5].transformer
+    assert trained[-1].tune == trained[5].tune and trained[-1].transformer == replace(read, reading_weight=0.0)
+    assert names[5:] == ["video-rich-4", None, None], "what has no labels is named; what has, or is not read, is not"
 
 
 def test_base_wm_is_asked_with_the_instruction() -> None:
