@@ -112,7 +112,7 @@ def test_a_latent_that_must_be_read_says_what_is_done(trained: tuple[WorldModel,
     named.chunks = bank.chunks.clone()
     named.name(lambda latents: torch.full((*latents.shape[:2], 4, 4), 0.5))
     assert (named.chunks[named.wanted] == 0.5).all() and not (bank.chunks[bank.wanted] == 0.5).any()
-    settings = TransformerSettings(steps=60, short_batch=4, long_batch=2, long_horizon=4, rate=5e-3)
+    settings = TransformerSettings(steps=60, short_batch=4, long_batch=2, long_horizon=4, rate=2e-3)
     tuned, seen = copy.deepcopy(model).requires_grad_(True), []
     reader = worldmodel_training._Reader(tuned, bank)
     for dropped in (1.0, 0.0):
