@@ -3,6 +3,7 @@ gains against what the targets know better than the base."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import cycle
@@ -43,18 +44,29 @@ def teachers(points: Sequence[tuple[str, float, float | None, Difference]], path
             for ratio, name, gain in found:
                 errors, colour = [[gain.value - gain.low], [gain.high - gain.value]], colours[_kind(name)]
                 axes.errorbar(ratio, gain.value, errors, marker="o", markersize=4, capsize=2, color=colour)
-                near = any(0 < r - ratio < 0.2 and abs(other.value - gain.value) < 0.02 for r, _, other in found)
-                axes.annotate(
-                    name, (ratio, gain.value), (5, -9 if near else 4), textcoords="offset points", fontsize=7, color=colour
-                )
             axes.axhline(0.0, color=GREY, linestyle=":")
+            _name_points(axes, [(at, gain.value, name, colours[_kind(name)]) for at, name, gain in found])
             axes.set_title(where, fontsize=9)
             axes.set_xlabel("error of imagined targets / of the base")
         panels[0].set_ylabel("success after - before, 95 %")
 
 
+def _name_points(axes: Any, points: Sequence[tuple[float, float, str, str]]) -> None:
+    """Write names (x, y, name, colour) beside their points, from the top on, each as far down as keeps it off the others."""
+    written: list[tuple[float, float, float]] = []  # left, height, right, in points of print
+    axes.autoscale_view()
+    for at, value, name, colour in sorted(points, key=lambda point: -point[1]):
+        left, height = axes.transData.transform((at, value)) * 72 / axes.figure.dpi
+        right, down = left + 4 * len(name), 0
+        while any(abs(height - down - taken) < 8 and left < until and since < right for since, taken, until in written):
+            down += 1
+        written.append((left, height - down, right))
+        axes.annotate(name, (at, value), (5, 4 - down), textcoords="offset points", fontsize=7, color=colour)
+
+
 def _kind(regime: str) -> str:
-    return regime.rstrip("0123456789").rstrip("-")
+    """Without its number of demonstrations and its world model."""
+    return re.sub(r"-\d+(-\w+-wm)?$", "", regime)
 
 
 @contextmanager

@@ -55,6 +55,7 @@ D_a(E_v) 0.856 (decision 041)."""
 READ = TransformerSettings(steps=2500, short_batch=48, short_horizon=1, long_share=0.1, rate=1e-3, reading_weight=4.0)
 """How a world model "read" is trained on: mostly one latent ahead, as closed-loop targets ask."""
 TRAINED_ON = {"read": READ, "longer": replace(READ, reading_weight=0.0)}
+"""World models that go on from a "skill" one."""
 PLAY_SHARE = 0.75
 """Of the batches that the inverse-dynamics model learns from; the rest is of the labelled demonstrations."""
 
