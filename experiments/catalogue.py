@@ -85,6 +85,10 @@ def _named(method: str, regime: Regime, distortion: str = "none") -> Variant:
     return Variant(method, method, regime, settings=DECODE, distortion=distortion)
 
 
+def _with_film(distortion: str) -> Variant:
+    return Variant("world2act-film", "world2act-film", RICH, distortion=distortion)
+
+
 def _main(tasks: Sequence[str]) -> list[Row]:
     rows = []
     for regime in (RICH, SHIPPED):
@@ -134,6 +138,8 @@ def _methods(tasks: Sequence[str]) -> list[Row]:
     rows.append(Row("world2act, decode", Variant("decode", regime=RICH, settings=DECODE), ("base", "inverse-dynamics")))
     others = [row.label for row in rows]
     rows.append(Row("world2act", _ours(RICH), tuple(others), "0.726"))
+    rivals: tuple[str, ...] = ("base", "named-cloning", "named-residual", "named-residual, cosine", "world2act")
+    rows.append(Row("world2act, film", _with_film("none"), rivals))
     rows.append(Row(reader := f"inverse-dynamics, {READ.name}", _named("inverse-dynamics", READ), ("base", "inverse-dynamics")))
     rivals = ("base", "named-cloning", "named-residual", "dreamgen", "world2act", reader)
     rows.append(Row(longer := f"world2act, {LONGER.name}", _ours(LONGER), ("base", "world2act")))
@@ -148,6 +154,8 @@ def _methods(tasks: Sequence[str]) -> list[Row]:
         rows += [Row(f"{m}, {distortion}", _named(m, RICH, distortion), (base,)) for m in DISTORTED]
         against = (base, *(f"{m}, {distortion}" for m in DISTORTED))
         rows.append(Row(f"world2act, {distortion}", _ours(RICH, distortion), against))
+        if distortion == "distractors":  # what no film shows
+            rows.append(Row(f"world2act, film, {distortion}", _with_film(distortion), (*against, f"world2act, {distortion}")))
         rows.append(_base(FILM, own := f"base, {FILM.name}, {distortion}", distortion))
         rows.append(Row(f"world2act, {FILM.name}, {distortion}", _ours(FILM, distortion), (own,)))
     return rows
@@ -280,11 +288,12 @@ EXPERIMENTS: dict[str, Experiment] = {
         "methods: in `imagination` the targets act themselves, oracles use the simulator's expert. named-cloning is the base "
         "cloned from the regime's video too, its actions named as for the others; blind: without proprioception; "
         "latent-cloning: by an imitator of the latent and prompt that the world model is asked with; named-residual: the "
-        "residual fitted to the same, without imagination or rollouts; film-cloned-4: post-trained on top of named-cloning "
+        "residual fitted to the same, without imagination or rollouts; film: ours, with what named-residual learns from in the "
+        "same data from the first round on; film-cloned-4: post-trained on top of named-cloning "
         "(seed 0), with its own play and Stage 1; read-wm: with a world model that was trained on so that the named "
         "actions can be read in what it imagines, and a Stage 1 of its own; longer-wm: trained on as long without that, "
-        "likewise. Distorted cameras and new textures are met in post-training and evaluation (of textures, seed 0, scenes of "
-        "one index share their draw); base, world model, Stage 1 and film have not.",
+        "likewise. Distorted cameras and new textures are met in post-training and evaluation; base, world model, Stage 1 and "
+        "film have not.",
         _methods,
     ),
     "worldmodel": Experiment(

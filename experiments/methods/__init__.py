@@ -24,6 +24,7 @@ METHODS: dict[str, Method] = {
     "latent-cloning": latent_cloning.train,
     "named-residual": named_residual.train,
     "world2act": world2act.train,
+    "world2act-film": world2act.with_film,
     "dreamgen": dreamgen.train,
     "inverse-dynamics": inverse_dynamics.train,
     "vla-rft": vla_rft.train,

@@ -13,10 +13,14 @@ from world2act.models.adapters import Adapters
 from world2act.models.tiny_policy import TinyPolicy
 from world2act.models.worldmodel import WorldModel
 from world2act.presets import Stage2Settings
-from world2act.types import Episode
+from world2act.schedule import EpisodeSpec
+from world2act.stage2 import Targets
+from world2act.types import Episode, Trajectory
 
-__all__ = ["Frozen", "Method", "Note", "Parts", "WithResidual"]
+__all__ = ["Frozen", "Method", "Note", "Parts", "Shown", "WithResidual"]
 
+Shown = tuple[EpisodeSpec, Trajectory, Targets]
+"""An episode as Stage 2 takes it."""
 Note = Callable[[str, float], None]
 """Records a number of a training by name (losses by round, seconds of a part); the last value stays."""
 

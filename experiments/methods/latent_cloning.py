@@ -4,6 +4,7 @@ Beside `named-cloning` it says what the latents lose, beside `imagination` what 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -67,7 +68,7 @@ class _Imitating:
 
 def train(parts: Parts) -> Policy:
     """Labelled demonstrations and named video, as `named-cloning`; as there, a disturbed chunk is nothing to imitate."""
-    shown = [_shown(parts, episode) for episode in (*parts.labels(), *parts.named())]
+    shown = [_shown(parts, episode) for episode in itertools.chain(parts.labels(), parts.named())]
     latents, chunks = torch.cat([one[0] for one in shown]), torch.cat([one[1] for one in shown])
     prompts = [prompt for one in shown for prompt in one[2]]
     torch.manual_seed(parts.seed)

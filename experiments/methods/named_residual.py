@@ -4,11 +4,14 @@ the world model only the VAE is used. What ours has to beat where there is film 
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 
 from experiments.arena import Policy
-from experiments.methods.base import Frozen, Parts, WithResidual
+from experiments.methods.base import Frozen, Parts, Shown, WithResidual
 from world2act import schedule
 from world2act.data.clips import camera_grid, intended
 from world2act.schedule import EpisodeSpec
@@ -20,8 +23,8 @@ from world2act.types import Episode, M, Trajectory
 def train(parts: Parts) -> Policy:
     """As many updates as ours, each on as many episodes of as many tasks."""
     data = Stage2Dataset(parts.adapters, parts.settings, parts.model.encode, (Split.BASE, Split.WORLDMODEL))
-    for number, episode in enumerate(e for e in (*parts.labels(), *parts.named()) if len(e.actions) >= M):
-        data.add(EpisodeSpec(0, episode.task, episode.index, 0.0, str(number)), *_shown(parts, episode))
+    for shown in film(parts):
+        data.add(*shown)
     learner = Learner(parts.adapters, parts.settings, parts.seed)
     policy: Policy = Frozen(parts.base)
     for number in range(parts.settings.plan.rounds + 1):
@@ -29,6 +32,13 @@ def train(parts: Parts) -> Policy:
         policy = WithResidual(parts.base, learner.bundle(parts.base.hash), parts.model.encode)
         parts.on_round(number, policy)
     return policy
+
+
+def film(parts: Parts) -> Iterator[Shown]:
+    """The regime's demonstrations and named video, as Stage 2 takes episodes."""
+    episodes = itertools.chain(parts.labels(), parts.named())  # one at a time: film fills memory
+    for number, episode in enumerate(e for e in episodes if len(e.actions) >= M):
+        yield EpisodeSpec(0, episode.task, episode.index, 0.0, str(number)), *_shown(parts, episode)
 
 
 @torch.no_grad()

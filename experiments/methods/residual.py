@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from experiments.arena import Expert, Policy, Run
-from experiments.methods.base import Frozen, Parts, WithResidual
+from experiments.methods.base import Frozen, Parts, Shown, WithResidual
 from world2act import schedule, stage2
+from world2act.splits import Split
 from world2act.stage2 import Learner, Stage2Dataset, Targets
 
 
@@ -18,14 +19,19 @@ def post_train(
     expert: Expert | None = None,
     learner: Learner | None = None,
     policy_of: Callable[[Learner], Policy] | None = None,
+    film: Iterable[Shown] | None = None,
 ) -> Policy:
     """Round by round: execute the plan's episodes, label them with `target`, train on everything so far.
 
-    learner: another than the residual's; policy_of: what acts with it (both or none).
+    learner: another than the residual's; policy_of: what acts with it (both or none). film: episodes of demonstrations and video,
+    inside from the first round on.
     """
     learner = learner or Learner(parts.adapters, parts.settings, parts.seed)
     policy_of = policy_of or (lambda trained: WithResidual(parts.base, trained.bundle(parts.base.hash), parts.model.encode))
-    data = Stage2Dataset(parts.adapters, learner.settings, parts.model.encode)
+    allowed = (Split.POSTTRAIN,) if film is None else (Split.POSTTRAIN, Split.BASE, Split.WORLDMODEL)
+    data = Stage2Dataset(parts.adapters, learner.settings, parts.model.encode, allowed)
+    for episode in film or ():
+        data.add(*episode)
     seconds = {"execute": 0.0, "target": 0.0, "train": 0.0}
     policy: Policy = Frozen(parts.base)
     for number, members in schedule.rounds(schedule.plan(parts.settings, parts.tasks, parts.seed)):

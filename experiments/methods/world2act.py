@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from experiments.arena import Policy, Run
 from experiments.methods.base import Parts
+from experiments.methods.named_residual import film
 from experiments.methods.residual import post_train
 from world2act import stage2
 from world2act.stage2 import Targets
@@ -11,8 +14,14 @@ from world2act.stage2 import Targets
 
 def train(parts: Parts) -> Policy:
     """Targets as `parts.settings` say: where they are imagined from, how far, and how they are matched in time."""
+    return post_train(parts, _imagined(parts))
 
-    def target(run: Run) -> Targets:
-        return stage2.imagined_targets(parts.model, parts.adapters, parts.settings, run.trajectory, parts.seed)
 
-    return post_train(parts, target)
+def with_film(parts: Parts) -> Policy:
+    """The same rounds and updates, from the first round on with what `named-residual` learns from too: film where an expert went,
+    imagination where the policy went. Episodes are drawn by their number."""
+    return post_train(parts, _imagined(parts), film=film(parts))
+
+
+def _imagined(parts: Parts) -> Callable[[Run], Targets]:
+    return lambda run: stage2.imagined_targets(parts.model, parts.adapters, parts.settings, run.trajectory, parts.seed)

@@ -376,7 +376,9 @@ def parts(base: TinyPolicy, model: WorldModel, adapters: Adapters, monkeypatch: 
     return Parts(base, model, adapters, demonstrations, lambda: inverse, lambda: named, lambda: base, TASKS, SETTINGS, 0, arena)
 
 
-@pytest.mark.parametrize("name", ["inverse-dynamics", "vla-rft", "ctrl-world", "lora-16", "lora-32"])
+@pytest.mark.parametrize(
+    "name", ["world2act", "world2act-film", "inverse-dynamics", "vla-rft", "ctrl-world", "lora-16", "lora-32"]
+)
 def test_a_method_runs_from_end_to_end_on_the_plans_scenes(parts: Parts, name: str) -> None:
     notes: dict[str, float] = {}
     rounds: list[int] = []
@@ -400,3 +402,6 @@ def test_a_method_runs_from_end_to_end_on_the_plans_scenes(parts: Parts, name: s
     assert rounds == [0, 1] and torch.equal(chunk, expected)
     assert {version for _, index, version in own} == {0, 1}, "round 1 is executed with the policy of round 0"
     assert isinstance(policy, lora.WithLora if name.startswith("lora") else WithResidual) and policy.version == 2
+    if name.startswith("world2act"):
+        shown = len([*parts.labels(), *parts.named()]) if name == "world2act-film" else 0
+        assert isinstance(policy, WithResidual) and policy.bundle.card["episodes"] == len(planned) + shown
