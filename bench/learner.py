@@ -1,4 +1,4 @@
-"""Stage 2 updates a second, with the default's latent vision and with the paper's pixels.
+"""Stage 2 updates a second, with the default's latent vision and the paper's pixels, on one core and on a GPU where there is one.
 
 Random data of the embedded default's sizes: 2 tasks x 12 episodes of 12 chunks a step, VAE latents as vision.
 """
@@ -13,6 +13,7 @@ import torch
 
 from world2act.models.adapters import Adapters, AdapterSettings
 from world2act.normalisation import Statistics
+from world2act.optimisation import Device
 from world2act.presets import STAGE2, Rounds
 from world2act.schedule import plan
 from world2act.stage2 import Learner, Stage2Dataset, Targets
@@ -21,7 +22,7 @@ from world2act.types import D, M, Trajectory
 CHUNKS, STEPS = 12, 30
 
 
-def make_data(vision: str) -> tuple[Learner, Stage2Dataset]:
+def make_data(vision: str, device: Device = "cpu") -> tuple[Learner, Stage2Dataset]:
     """A learner and 2 x 16 random episodes."""
     settings = dataclasses.replace(STAGE2["default"], vision=vision, plan=Rounds(base=16, perturbed=0, rounds=0))
     adapters = Adapters(AdapterSettings(), Statistics(torch.zeros(4), torch.ones(4)), "0" * 64)
@@ -46,12 +47,12 @@ def make_data(vision: str) -> tuple[Learner, Stage2Dataset]:
         )
         visual = torch.randn(CHUNKS, 16, 8, 16)
         data.add(spec, trajectory, Targets(torch.randn(CHUNKS, D), torch.ones(CHUNKS, dtype=torch.bool), visual))
-    return Learner(adapters, settings, 0), data
+    return Learner(adapters, settings, 0, device=device), data
 
 
-def rate(vision: str, steps: int) -> float:
+def rate(vision: str, steps: int, device: Device = "cpu") -> float:
     """Updates a second after two to warm up."""
-    learner, data = make_data(vision)
+    learner, data = make_data(vision, device)
     learner.train_round(data, 2)
     started = time.perf_counter()
     learner.train_round(data, steps)
@@ -62,7 +63,13 @@ def run() -> list[dict[str, object]]:
     """Rows for `python -m bench`."""
     torch.set_num_threads(1)
     latent, pixels = rate("latent", STEPS), rate("pixels", 2)
-    return [
+    rows: list[dict[str, object]] = [
         {"name": "Stage 2, latent vision", "value": latent, "unit": "updates/s", "ratio": f"{latent / pixels:.1f}x pixels"},
         {"name": "Stage 2, pixel vision (paper)", "value": pixels, "unit": "updates/s", "ratio": ""},
     ]
+    if torch.cuda.is_available():
+        for vision, one_core in (("latent", latent), ("pixels", pixels)):
+            found = rate(vision, STEPS, "cuda")
+            ratio = f"{found / one_core:.1f}x one core"
+            rows.append({"name": f"Stage 2, {vision}, GPU", "value": found, "unit": "updates/s", "ratio": ratio})
+    return rows

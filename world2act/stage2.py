@@ -25,6 +25,7 @@ from world2act.models import store
 from world2act.models.adapters import Adapters
 from world2act.models.residual import ResidualPolicy, ResidualSettings
 from world2act.normalisation import Statistics
+from world2act.optimisation import Device, device_of
 from world2act.presets import Stage2Settings
 from world2act.schedule import EpisodeSpec, rounds, steps_of
 from world2act.types import Trajectory
@@ -50,6 +51,11 @@ class Targets:
     mask: Tensor
     visual: Tensor | None = None
     chunks: Tensor | None = None
+
+    def cpu(self) -> Targets:
+        """The same on the CPU."""
+        visual, chunks = (part if part is None else part.cpu() for part in (self.visual, self.chunks))
+        return Targets(self.embeddings.cpu(), self.mask.cpu(), visual, chunks)
 
 
 class Imagination(Protocol):
@@ -95,7 +101,8 @@ def open_loop_targets(model: Imagination, adapters: Adapters, trajectory: Trajec
 def aligned(targets: Targets, adapters: Adapters, trajectory: Trajectory) -> Targets:
     """Open-loop targets matched in time: each chunk takes the target of the imagined chunk that `objectives.monotone_path` gives
     to what was executed there, skill by skill. What was executed says how far the episode is; the base's chunk would not."""
-    executed = adapters.action(adapters.actions.normalise(torch.from_numpy(trajectory.executed).float())[None])[0]
+    chunks = adapters.actions.normalise(torch.from_numpy(trajectory.executed).float())
+    executed = adapters.action(chunks.to(targets.embeddings.device)[None])[0]
     paths, first = [], 0
     for _, same in itertools.groupby(trajectory.prompts):
         end = first + len(list(same))
@@ -108,7 +115,7 @@ def aligned(targets: Targets, adapters: Adapters, trajectory: Trajectory) -> Tar
 def imagined_targets(
     model: Imagination, adapters: Adapters, settings: Stage2Settings, trajectory: Trajectory, seed: int = 0
 ) -> Targets:
-    """The targets that `settings` name."""
+    """The targets that `settings` name, on the device of `model` and `adapters`."""
     if settings.target == "closed-loop":
         return closed_loop_targets(model, adapters, trajectory, seed, settings.closed_loop_every)
     targets = open_loop_targets(model, adapters, trajectory, seed)
@@ -132,6 +139,11 @@ class Batch:
     mask: Tensor
     tasks: Tensor
     instructions: tuple[str, ...]
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on `device`."""
+        moved = {name: getattr(self, name).to(device) for name in (*FIELDS, "tasks")}
+        return replace(self, **moved)
 
 
 FIELDS = ("visual", "states", "base", "target", "chunk", "mask")
@@ -183,6 +195,7 @@ class Stage2Dataset:
         if n < 1 or targets.embeddings.shape != (n, self._size) or targets.mask.shape != (n,):
             got = f"{tuple(targets.embeddings.shape)} and {tuple(targets.mask.shape)}"
             raise ValueError(f"targets: must be ({n}, {self._size}) with mask ({n},), one per chunk, got {got}")
+        targets = targets.cpu()
         with torch.no_grad():
             chunks = self._decoder(targets.embeddings.float()) if targets.chunks is None else targets.chunks
         row = {
@@ -253,6 +266,8 @@ class Learner:
     """The residual policy, its optimiser and all random numbers of Stage 2. version: rounds trained; consumed: episodes seen.
 
     Equal adapters, settings, seed and data give equal bits, also across `checkpoint` and `restore` in the middle of a round.
+    device: where the residual is trained; data, random numbers, bundles and checkpoints stay on the CPU, so that a job begun on
+    a GPU goes on without one. Bits are equal on one kind of device only.
     """
 
     def __init__(
@@ -262,13 +277,14 @@ class Learner:
         seed: int,
         state_size: int = 4,
         latent_shape: tuple[int, int, int] = (16, 8, 16),
+        device: Device = "cpu",
     ) -> None:
-        self.adapters, self.settings = adapters, settings
+        self.adapters, self.settings, self.device = adapters, settings, device_of(device)
         shown = settings.vision, settings.instruction
         residual = ResidualSettings(state_size, latent_shape, *shown, settings.bound, settings.width)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.policy = ResidualPolicy.from_adapters(residual, adapters)
+            self.policy = ResidualPolicy.from_adapters(residual, adapters).to(self.device)
         self.optimiser = settings.optimiser.build(self.policy.parameters())
         self.generator = torch.Generator().manual_seed(seed)
         self.version = 0
@@ -278,12 +294,13 @@ class Learner:
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Terms by name and their weighted sum as "loss", with the noise of the settings. No target, no part."""
+        batch = batch.to(self.device)
         settings, mask = self.settings, batch.mask
         visual, states = batch.visual[mask], batch.states[mask]
         if settings.latent_noise and settings.vision == "latent":
-            visual = visual + settings.latent_noise * torch.randn(visual.shape, generator=self.generator)
+            visual = visual + settings.latent_noise * self._noise(visual)
         if settings.state_noise:
-            states = states + settings.state_noise * self.policy.state_std * torch.randn(states.shape, generator=self.generator)
+            states = states + settings.state_noise * self.policy.state_std * self._noise(states)
         episodes = mask.nonzero()[:, 0].tolist()
         residual = self.policy(visual, states, batch.base[mask], [batch.instructions[i] for i in episodes])
         combined = batch.base.masked_scatter(mask[..., None, None], batch.base[mask] + residual)
@@ -309,13 +326,17 @@ class Learner:
             "residual_norm": residual.detach().square().mean().sqrt(),
         }
 
+    def _noise(self, like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=self.generator).to(like)
+
     def step(self, batch: Batch, steps: int) -> Metrics:
         """One update, the next of a round of `steps`. Returns losses, cosine of positives (Fig. 5a), residual norm."""
         terms = self.losses(batch)
         self.settings.optimiser.update(self.optimiser, terms["loss"], self.step_in_round, steps)
         self.step_in_round += 1
         self.total_steps += 1
-        return {name: float(value.detach()) for name, value in terms.items()}
+        values = torch.stack([value.detach() for value in terms.values()]).tolist()
+        return dict(zip(terms, values, strict=True))
 
     def train_round(self, data: Stage2Dataset, steps: int, on_step: Callable[[Metrics], None] | None = None) -> list[Metrics]:
         """Train on `data` until the round has `steps` steps (a resumed learner goes on where it stopped); raises `version`."""
@@ -335,7 +356,7 @@ class Learner:
     def bundle(self, base_hash: str, layout: ActionLayout | None = None) -> Bundle:
         """The present policy as a bundle of version `version` (a copy: further training does not change it)."""
         origin = Origin(base_hash, self.adapters.worldmodel_hash, self.adapters.hash)
-        policy = copy.deepcopy(self.policy).eval().requires_grad_(False)
+        policy = copy.deepcopy(self.policy).cpu().eval().requires_grad_(False)
         card = {"settings": asdict(self.settings), "steps": self.total_steps, "episodes": len(self.consumed)}
         settings, actions = self.adapters.settings, self.adapters.actions
         return Bundle(policy, settings, actions, layout or ActionLayout(), origin, self.version, card)

@@ -25,7 +25,7 @@ def train(parts: Parts) -> Policy:
     data = Stage2Dataset(parts.adapters, parts.settings, parts.model.encode, (Split.BASE, Split.WORLDMODEL))
     for shown in film(parts):
         data.add(*shown)
-    learner = Learner(parts.adapters, parts.settings, parts.seed)
+    learner = Learner(parts.adapters, parts.settings, parts.seed, device="auto")
     policy: Policy = Frozen(parts.base)
     for number in range(parts.settings.plan.rounds + 1):
         learner.train_round(data, schedule.steps_of(number, parts.settings))

@@ -26,7 +26,7 @@ def post_train(
     learner: another than the residual's; policy_of: what acts with it (both or none). film: episodes of demonstrations and video,
     inside from the first round on.
     """
-    learner = learner or Learner(parts.adapters, parts.settings, parts.seed)
+    learner = learner or Learner(parts.adapters, parts.settings, parts.seed, device="auto")
     policy_of = policy_of or (lambda trained: WithResidual(parts.base, trained.bundle(parts.base.hash), parts.model.encode))
     allowed = (Split.POSTTRAIN,) if film is None else (Split.POSTTRAIN, Split.BASE, Split.WORLDMODEL)
     data = Stage2Dataset(parts.adapters, learner.settings, parts.model.encode, allowed)

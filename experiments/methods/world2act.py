@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 from experiments.arena import Policy, Run
@@ -9,6 +10,7 @@ from experiments.methods.base import Parts
 from experiments.methods.named_residual import film
 from experiments.methods.residual import post_train
 from world2act import stage2
+from world2act.optimisation import device_of
 from world2act.stage2 import Targets
 
 
@@ -24,4 +26,6 @@ def with_film(parts: Parts) -> Policy:
 
 
 def _imagined(parts: Parts) -> Callable[[Run], Targets]:
-    return lambda run: stage2.imagined_targets(parts.model, parts.adapters, parts.settings, run.trajectory, parts.seed)
+    device = device_of("auto")
+    model, adapters = copy.deepcopy(parts.model).to(device), copy.deepcopy(parts.adapters).to(device)
+    return lambda run: stage2.imagined_targets(model, adapters, parts.settings, run.trajectory, parts.seed)
