@@ -157,7 +157,8 @@ class Posttrain:
         visual = data.stack()[0].visual
         shape = cast("tuple[int, int, int]", tuple(visual.shape[2:]) if self.settings.vision == "latent" else (16, 8, 16))
         with _seeding:
-            return Learner(self.adapters, self.settings, self.params.seed, self.state_size, shape)
+            device = self.context.settings.trainer_device
+            return Learner(self.adapters, self.settings, self.params.seed, self.state_size, shape, device)
 
     def _resume(self, learner: Learner, checkpoint: str) -> None:
         with tempfile.TemporaryDirectory() as folder:

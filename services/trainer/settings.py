@@ -8,6 +8,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import Field
 
 from services.runtime.settings import CommonSettings, read_secret
+from world2act.optimisation import Device
 from world2act.signature import private_key
 
 
@@ -26,6 +27,7 @@ class TrainerSettings(CommonSettings):
     imagine_steps: int = Field(0, ge=0, le=100, description="denoising steps of Stage 2 targets; 0: the world model's own")
     imagine_guidance: float = Field(0.0, ge=0, le=20, description="guidance of Stage 2 targets; 0: the world model's own")
     video_fps: int = Field(10, ge=1, le=60, description="frames (one per action) per second of stored mp4 files")
+    trainer_device: Device = Field("auto", description="trains the residual: cpu, cuda, or auto, the GPU where torch sees one")
     job_workers: int = Field(2, ge=1, le=16, description="jobs that run at once")
     job_claim_seconds: float = Field(15.0, ge=1, description="a job that its trainer left alone this long is taken over")
     in_flight: int = Field(8, ge=1, le=1024, description="episodes of one job that are requested and not yet back")

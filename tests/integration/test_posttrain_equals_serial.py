@@ -88,6 +88,7 @@ class Rig:
             simulator_addresses=sim,
             vla_address=vla,
             metrics_every=2,
+            trainer_device="cpu",
             in_flight=5,
         )
         self.jobs = JobStore(client)

@@ -1,5 +1,6 @@
 """Stage 2: the plan, what a data set accepts, determinism to the bit, resuming, staleness, and that it learns."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -178,6 +179,29 @@ def test_resume_in_the_middle_of_a_round_is_exact(adapters, tmp_path):
     second.resume(tmp_path / "c.safetensors")
     assert seen + second.train_round(data, 6) + second.train_round(data, 4) == expected
     assert bits(second) == bits(whole) and second.consumed == whole.consumed and second.version == 2
+
+
+def test_a_gpu_learns_the_same_and_what_it_began_goes_on_without_one(adapters, tmp_path):
+    if not torch.cuda.is_available():
+        pytest.skip("NO GPU: Stage 2 on one is not tested here")
+    data = dataset(adapters, schedule.plan(SETTINGS, TASKS, 0))
+    cpu, gpu, again = (stage2.Learner(adapters, SETTINGS, 0, device=device) for device in ("cpu", "cuda", "cuda"))
+    losses = [[m["loss"] for m in learner.train_round(data, 6)] for learner in (cpu, gpu, again)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2) and bits(gpu) == bits(again)
+    gpu.checkpoint(tmp_path / "c.safetensors")
+    for device in ("cuda", "cpu"):
+        resumed = stage2.Learner(adapters, SETTINGS, 77, device=device)
+        resumed.resume(tmp_path / "c.safetensors")
+        expected = copy.deepcopy(gpu).train_round(data, 4)[-1]["loss"]
+        assert resumed.train_round(data, 4)[-1]["loss"] == pytest.approx(expected, rel=1e-2)
+        assert next(resumed.bundle("0" * 64).policy.parameters()).device.type == "cpu"
+
+
+def test_a_gpu_that_is_not_there_is_named(adapters, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert stage2.Learner(adapters, SETTINGS, 0, device="auto").device.type == "cpu"
+    with pytest.raises(ValueError, match="device: cuda"):
+        stage2.Learner(adapters, SETTINGS, 0, device="cuda")
 
 
 def test_resume_refuses_other_settings_and_adapters(adapters, tmp_path):
