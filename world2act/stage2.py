@@ -82,7 +82,8 @@ def closed_loop_targets(model: Imagination, adapters: Adapters, trajectory: Traj
     n = len(frames)
     latents = model.imagine(frames[::every], trajectory.prompts[::every], every, [seed + i for i in range(0, n, every)])
     embeddings = adapters.video(latents[:, 1:]).flatten(0, 1)[:n]
-    return Targets(embeddings, torch.ones(n, dtype=torch.bool), latents[:, 0] if every == 1 else None)
+    visited = latents[:, 0].clone() if every == 1 else None  # a view would keep what was imagined, too
+    return Targets(embeddings, torch.ones(n, dtype=torch.bool), visited)
 
 
 @torch.no_grad()
