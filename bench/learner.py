@@ -13,11 +13,10 @@ import torch
 
 from world2act.models.adapters import Adapters, AdapterSettings
 from world2act.normalisation import Statistics
-from world2act.optimisation import Device
 from world2act.presets import STAGE2, Rounds
 from world2act.schedule import plan
 from world2act.stage2 import Learner, Stage2Dataset, Targets
-from world2act.types import D, M, Trajectory
+from world2act.types import D, Device, M, Trajectory
 
 CHUNKS, STEPS = 12, 30
 

@@ -8,10 +8,9 @@ from typing import Any, Literal
 
 import torch
 
+from world2act.types import Device
+
 Precision = Literal["auto", "float32", "bfloat16"]
-
-
-Device = Literal["auto", "cpu", "cuda"]
 
 
 def device_of(device: Device) -> torch.device:

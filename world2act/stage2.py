@@ -25,10 +25,10 @@ from world2act.models import store
 from world2act.models.adapters import Adapters
 from world2act.models.residual import ResidualPolicy, ResidualSettings
 from world2act.normalisation import Statistics
-from world2act.optimisation import Device, device_of
+from world2act.optimisation import device_of
 from world2act.presets import Stage2Settings
 from world2act.schedule import EpisodeSpec, rounds, steps_of
-from world2act.types import Trajectory
+from world2act.types import Device, Trajectory
 
 CHECKPOINT = "stage2-checkpoint"
 

@@ -10,6 +10,7 @@ of actions M(k-1) .. Mk-1, that is of action chunk k-1. `chunk_of_latent` is the
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,9 @@ D = 32
 FloatArray = npt.NDArray[np.float32]
 ImageArray = npt.NDArray[np.uint8]
 BoolArray = npt.NDArray[np.bool_]
+
+Device = Literal["auto", "cpu", "cuda"]
+"""Where a training runs; auto: the GPU where torch sees one."""
 
 
 def chunk_of_latent(k: int) -> int:

@@ -34,8 +34,9 @@ from world2act.console import Progress, command_line, no_progress, progress_disp
 from world2act.data.clips import Cut, CutEpisode, LatentBank, median_first_frames, read_cut
 from world2act.models.vae import SEEN, VideoVAE, to_float
 from world2act.models.worldmodel import WorldModel, WorldModelConfig
-from world2act.optimisation import Device, Precision, autocast, device_of, warm_cosine
+from world2act.optimisation import Precision, autocast, device_of, warm_cosine
 from world2act.splits import Split
+from world2act.types import Device
 
 FUSED_FROM = 6
 """Latents ahead from which fused attention is the faster one."""

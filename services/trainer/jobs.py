@@ -24,6 +24,7 @@ from services.trainer.context import JobContext
 from services.trainer.params import parse
 from services.trainer.rollout import checks
 from services.trainer.settings import TrainerSettings
+from world2act.optimisation import device_of
 
 log = structlog.get_logger()
 GROUP = "trainer"
@@ -91,8 +92,9 @@ class JobRunner:
 
 
 def serve(settings: TrainerSettings, stop: threading.Event) -> None:
-    """Run until `stop`. Raises ValueError for a signing key that is none."""
+    """Run until `stop`. Raises ValueError for a signing key that is none, or a GPU that is not there."""
     settings.signer()
+    device_of(settings.trainer_device)
     torch.set_num_threads(settings.torch_threads)
     client = connect(settings.redis_url)
     runner = JobRunner(settings, client, stop)

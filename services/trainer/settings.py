@@ -8,8 +8,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import Field
 
 from services.runtime.settings import CommonSettings, read_secret
-from world2act.optimisation import Device
 from world2act.signature import private_key
+from world2act.types import Device
 
 
 class TrainerSettings(CommonSettings):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.runtime.artifacts import ArtifactStore
-from services.trainer import timeline
+from services.trainer import jobs, timeline
 from services.trainer.episode import Perturbation, closed_loop, closed_loop_starts
 from services.trainer.params import EvaluateParams, PosttrainParams, parse
 from services.trainer.posttrain import stage2_settings
@@ -138,6 +141,17 @@ def test_overlap_of_parts() -> None:
     found = timeline.summary({"execution": [(0, 4), (0, 4)], "optimisation": [(2, 6)]}, 6.0)
     assert found["overlap"] == round(8 / 6, 3) and found["worker_seconds"] == {"execution": 8, "optimisation": 4}
     assert found["seconds"] == {"execution": 4, "optimisation": 4, "wall": 6.0}
+
+
+def test_the_rollout_coordinator_needs_no_torch() -> None:
+    code = "import services.trainer.rollout, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_gpu_that_is_not_there_stops_the_trainer_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match="device: cuda was asked for"):
+        jobs.serve(TrainerSettings(trainer_device="cuda"), threading.Event())
 
 
 def test_a_signing_key_that_is_none_is_named(tmp_path: Path) -> None:
