@@ -92,9 +92,9 @@ def shifted(views: torch.Tensor, shift: int, generator: torch.Generator) -> torc
     single = views.reshape(batch, channels, height, 2, width // 2).permute(0, 3, 1, 2, 4).flatten(0, 1)
     padded = torch.nn.functional.pad(single, (shift,) * 4, mode="replicate")
     offsets = torch.randint(0, 2 * shift + 1, (2, len(single), 1), generator=generator)
-    down = (offsets[0] + torch.arange(height))[:, :, None]
-    right = (offsets[1] + torch.arange(width // 2))[:, None, :]
-    moved = padded[torch.arange(len(single))[:, None, None], :, down, right].permute(0, 3, 1, 2)
+    down = (offsets[0] + torch.arange(height))[:, :, None].to(views.device)
+    right = (offsets[1] + torch.arange(width // 2))[:, None, :].to(views.device)
+    moved = padded[torch.arange(len(single), device=views.device)[:, None, None], :, down, right].permute(0, 3, 1, 2)
     return moved.reshape(batch, 2, channels, height, width // 2).permute(0, 2, 3, 1, 4).reshape(views.shape)
 
 

@@ -37,11 +37,11 @@ class Statistics:
 
     def normalise(self, values: Tensor) -> Tensor:
         """(..., n) in the component's unit -> (..., n) in standard deviations."""
-        return (values - self.mean) / self.std
+        return (values - self.mean.to(values.device)) / self.std.to(values.device)
 
     def denormalise(self, values: Tensor) -> Tensor:
         """Inverse of `normalise`."""
-        return values * self.std + self.mean
+        return values * self.std.to(values.device) + self.mean.to(values.device)
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         """For a weights file: `<prefix>.mean`, `<prefix>.std`."""

@@ -16,10 +16,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from experiments.arena import Policy, Run
+from experiments.arena import Policy
 from experiments.methods.base import Parts
 from experiments.methods.residual import post_train
-from world2act import stage2
+from experiments.methods.world2act import imagined
 from world2act.behaviour_cloning import shifted
 from world2act.models.adapters import Adapters
 from world2act.models.residual import ResidualPolicy
@@ -27,7 +27,8 @@ from world2act.models.tiny_policy import TinyPolicy
 from world2act.models.vae import to_float
 from world2act.optimisation import autocast
 from world2act.presets import Stage2Settings
-from world2act.stage2 import Batch, Learner, Targets
+from world2act.stage2 import Batch, Learner
+from world2act.types import Device
 
 SHIFT = 3
 """Random shift of training images in pixels, as in the base's own cloning; the residual has noise on its latents instead."""
@@ -94,7 +95,7 @@ class LoraPolicy(nn.Module):
 
         visual: active rows, float (N, 3, rows, W) in [-1, 1]; states (N, S); base: the frozen base's chunk, normalised.
         """
-        with autocast("auto" if self.training else "float32"):  # as in the base's own cloning
+        with autocast("auto" if self.training else "float32", visual.device):  # as in the base's own cloning
             out = self.net(visual.contiguous(memory_format=torch.channels_last), states, instructions)
         # As little clipped as the residual's sum: a clipped value whose gradient passes lets saturated components run away.
         raw = self.actions.normalise(out.float() * self.net.action_std + self.net.action_mean) - base
@@ -104,15 +105,18 @@ class LoraPolicy(nn.Module):
 class LoraLearner(Learner):
     """Stage 2's learner with LoRA in the residual's place: same losses, batches, optimiser, random state."""
 
-    def __init__(self, base: TinyPolicy, adapters: Adapters, settings: Stage2Settings, seed: int, rank: int) -> None:
-        super().__init__(adapters, replace(settings, vision="pixels"), seed, base.config.states)
+    def __init__(
+        self, base: TinyPolicy, adapters: Adapters, settings: Stage2Settings, seed: int, rank: int, device: Device = "cpu"
+    ) -> None:
+        super().__init__(adapters, replace(settings, vision="pixels"), seed, base.config.states, device=device)
         self.rows = base.config.active_rows
         # The learner calls what both have; a LoRA has no bundle.
-        self.policy = cast(ResidualPolicy, LoraPolicy(base, adapters, rank, settings.bound, seed))
+        self.policy = cast(ResidualPolicy, LoraPolicy(base, adapters, rank, settings.bound, seed).to(self.device))
         self.optimiser = settings.optimiser.build(self.policy.parameters())
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """As the residual's, on frames uint8 (B, n, H, W, 3) moved by a few pixels."""
+        batch = batch.to(self.device)
         active = to_float(batch.visual[:, :, : self.rows].flatten(0, 1)).permute(0, 3, 1, 2).contiguous()
         moved = shifted(active, SHIFT, self.generator).view(*batch.mask.shape, *active.shape[1:])
         return super().losses(replace(batch, visual=moved))
@@ -137,17 +141,14 @@ class WithLora:
 
 def train(parts: Parts, rank: int) -> Policy:
     """Ours with another adapter."""
-    learner = LoraLearner(parts.base, parts.adapters, parts.settings, parts.seed, rank)
-
-    def target(run: Run) -> Targets:
-        return stage2.imagined_targets(parts.model, parts.adapters, parts.settings, run.trajectory, parts.seed)
+    learner = LoraLearner(parts.base, parts.adapters, parts.settings, parts.seed, rank, device="auto")
 
     def policy_of(trained: Learner) -> Policy:
-        policy = copy.deepcopy(trained.policy).eval().requires_grad_(False)
+        policy = copy.deepcopy(trained.policy).cpu().eval().requires_grad_(False)
         return WithLora(parts.base, cast(LoraPolicy, policy), trained.version)
 
     parts.note("parameters", sum(p.numel() for p in learner.policy.parameters() if p.requires_grad))
-    return post_train(parts, target, learner=learner, policy_of=policy_of)
+    return post_train(parts, imagined(parts), learner=learner, policy_of=policy_of)
 
 
 rank_16 = partial(train, rank=16)

@@ -253,6 +253,20 @@ def test_lora_trains_only_low_rank_factors_towards_the_target(base: TinyPolicy, 
     assert len(shapes) == 7 and all(shape[0] == rank for shape in shapes), "3 convolutions and 4 linear layers"
 
 
+def test_lora_learns_the_same_on_a_gpu(base: TinyPolicy, adapters: Adapters) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("NO GPU: LoRA on one is not tested here")
+    losses = {}
+    for device in ("cpu", "cuda"):
+        learner = lora.LoraLearner(base, adapters, SETTINGS, 0, 16, device)
+        data = Stage2Dataset(adapters, learner.settings)
+        for spec in schedule.plan(SETTINGS, TASKS, 0):
+            n = len(seen(spec)[0])
+            data.add(spec, trajectory(spec), Targets(torch.ones(n, 32), torch.ones(n, dtype=torch.bool)))
+        losses[device] = [metrics["loss"] for metrics in learner.train_round(data, 6)]
+    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=5e-2)
+
+
 def seen(spec: EpisodeSpec) -> tuple[Tensor, Tensor, list[str]]:
     found = trajectory(spec)
     return torch.from_numpy(found.frames), torch.from_numpy(found.states), [found.instruction] * len(found.frames)
