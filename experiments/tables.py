@@ -61,25 +61,29 @@ class Plan:
 def planned(
     rows: Sequence[Row], cells: Mapping[str, Sequence[Cell]], earlier: Plan | None, sizes: Sizes, out: Path
 ) -> dict[str, tuple[str, ...]]:
-    """Names of the cells of each of the catalogue's rows; one that this run leaves out keeps those of an `earlier` run of the
-    same sizes under `out`, if they are what the catalogue still asks for."""
-    kept = earlier.cells if earlier and earlier.sizes == sizes else {}
+    """Names of the cells of each of the catalogue's rows; one that this run leaves out keeps what an `earlier` run planned, of
+    another number of seeds too once it has results under `out`, if the catalogue still asks for it: its weights may be gone."""
     found = {}
     for row in rows:
-        names = tuple(cell.name for cell in cells[row.label]) if row.label in cells else kept.get(row.label, ())
-        if row.label not in cells and not _current(row, read_cells(out, names), sizes):
+        names = earlier.cells.get(row.label, ()) if earlier else ()
+        if row.label in cells:
+            names = tuple(cell.name for cell in cells[row.label])
+        elif results := read_cells(out, names):
+            names = _again(row, results, sizes)
+        elif earlier and earlier.sizes != sizes:
             names = ()
         found[row.label] = names
     return found
 
 
-def _current(row: Row, results: Mapping[str, Result], sizes: Sizes) -> bool:
-    """Whether today's variant, with the weights that the cells were computed with, gives cells of just these names."""
-    asked = set()
-    for result in results.values():
+def _again(row: Row, results: Mapping[str, Result], sizes: Sizes) -> tuple[str, ...]:
+    """Names of today's cells of the row with the weights that `results` were computed with; none if they mean something else."""
+    for name, result in results.items():
         weights = {row.variant.regime: result["cell"]["what"]["weights"]}
-        asked |= {cell.name for cell in study.cells("", [row.variant], sizes, weights.__getitem__)}
-    return set(results) <= asked
+        asked = tuple(cell.name for cell in study.cells("", [row.variant], sizes, weights.__getitem__))
+        if name in asked:
+            return asked
+    return ()
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -162,24 +163,27 @@ def test_a_row_may_count_some_tasks_only(plan: Plan, tmp_path: Path) -> None:
     assert (table.contrasts[0].gained, table.contrasts[0].lost) == (1, 1)
 
 
-def test_a_run_of_some_rows_keeps_the_others_of_the_same_sizes(plan: Plan, tmp_path: Path) -> None:
+def test_a_run_of_some_rows_keeps_what_the_others_have_measured(plan: Plan, tmp_path: Path) -> None:
     rows = EXPERIMENTS["main"].rows(SIZES.tasks)
     cells = {rows[0].label: [Cell("main", "base", 0)]}
-    earlier = replace(plan, cells={rows[1].label: ("kept",), rows[0].label: ("old",)})
-    found = tables.planned(rows, cells, earlier, SIZES, tmp_path)
-    assert list(found.values()) == [(cells[rows[0].label][0].name,), ("kept",), *[()] * (len(rows) - 2)]
-    other = tables.planned(rows, cells, earlier, Sizes(1, 4, SIZES.tasks), tmp_path)
-    assert other[rows[1].label] == ()
-
-
-def test_a_row_that_means_something_else_by_now_keeps_nothing(plan: Plan, tmp_path: Path) -> None:
-    rows = EXPERIMENTS["main"].rows(SIZES.tasks)
     made = study.cells("main", [rows[1].variant], SIZES, lambda _: WEIGHTS)
     write_whole(made[0].path(tmp_path), json.dumps({"cell": asdict(made[0])}))
-    earlier = replace(plan, cells={rows[1].label: tuple(cell.name for cell in made)})
-    assert tables.planned(rows, {}, earlier, SIZES, tmp_path)[rows[1].label] == (made[0].name, made[1].name)
+    names = {rows[0].label: ("old",), rows[1].label: (made[0].name, made[1].name), rows[2].label: ("failed",)}
+    earlier = replace(plan, cells=names)
+
+    def kept(rows: Sequence[Row], sizes: Sizes) -> tuple[str, ...]:
+        found = tables.planned(rows, cells, earlier, sizes, tmp_path)
+        assert found[rows[0].label] == (cells[rows[0].label][0].name,) and not any(found[row.label] for row in rows[3:])
+        assert found[rows[2].label] == (("failed",) if sizes == SIZES else ()), "without results"
+        return found[rows[1].label]
+
+    assert kept(rows, SIZES) == (made[0].name, made[1].name)
+    more = kept(rows, replace(SIZES, seeds=3))
+    assert more[:2] == (made[0].name, made[1].name) and len(more) == 3, "of the same weights"
+    assert kept(rows, replace(SIZES, seeds=1)) == (made[0].name,)
+    assert kept(rows, replace(SIZES, trials=SIZES.trials + 1)) == ()
     changed = [replace(row, variant=replace(row.variant, settings={"bound": 0.25})) for row in rows]
-    assert tables.planned(changed, {}, earlier, SIZES, tmp_path)[rows[1].label] == ()
+    assert kept(changed, SIZES) == (), "means something else by now"
 
 
 def test_tuning_scenes_are_named_as_such(plan: Plan, tmp_path: Path) -> None:
