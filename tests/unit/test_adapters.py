@@ -69,6 +69,11 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
         Adapters.load(path)
 
 
+def test_statistics_go_where_the_values_are():
+    values = torch.zeros(2, 4, device="meta")
+    assert STATISTICS.normalise(values).device == STATISTICS.denormalise(values).device == values.device
+
+
 def test_statistics_round_trip_and_floor():
     values = torch.randn(50, 4, 3)
     values[..., 2] = 1.0  # a component that never moves

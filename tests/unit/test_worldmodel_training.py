@@ -176,6 +176,7 @@ def test_shift_moves_each_view_by_itself() -> None:
     offsets = {float(moved[row, 0, 32, column] - views[row, 0, 32, column]) for row in range(8) for column in (32, 96)}
     assert len(offsets) > 4
     assert all(abs(offset - 128 * round(offset / 128)) <= 3 and abs(offset) <= 3 * 128 + 3 for offset in offsets)
+    assert shifted(views.to("meta"), 3, generator).device.type == "meta", "on whatever device they are"
 
 
 ENV_ARGS = {
