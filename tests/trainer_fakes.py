@@ -13,7 +13,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -274,9 +274,11 @@ class FakeSimulator(SimulatorServicer):
 
 
 class FakePolicy(PolicyServicer):
-    """base 0.1 everywhere, residual 0.01 * version; a version must be loaded before it acts. `refuses`: what it says to Load."""
+    """base 0.1 everywhere, residual 0.01 * version; a version must be loaded before it acts. `refuses`: what it says to Load.
+    `unseen`: instructions that no version was trained on."""
 
     refuses = ""
+    unseen: Collection[str] = ()
 
     def __init__(self, adapters_hash: str = "") -> None:
         self.adapters_hash, self.worldmodel_hash = adapters_hash, WORLDMODEL_HASH
@@ -308,7 +310,11 @@ class FakePolicy(PolicyServicer):
         base = np.full((1, M, 4), 0.1, np.float32)
         residual = np.full((1, M, 4), 0.01 * version, np.float32)
         return policy_pb2.ActReply(
-            base=to_tensor(base), residual=to_tensor(residual), combined=to_tensor(base + residual), version=version
+            base=to_tensor(base),
+            residual=to_tensor(residual),
+            combined=to_tensor(base + residual),
+            version=version,
+            unseen=[request.observations[0].instruction in self.unseen] if version else [],
         )
 
     @guarded

@@ -1,12 +1,14 @@
 """The residual bundle: what Stage 2 ships and the policy server loads. One safetensors file with its JSON inside.
 
 It holds the residual's weights, action and state statistics, the bound, the action layout, the hashes of the base policy,
-world model and adapters that it was trained beside, and a signature where its maker has a key (world2act/signature.py).
+world model and adapters that it was trained beside, the instructions that it was trained on, and a signature where its maker has
+a key (world2act/signature.py).
 `load` refuses, with a sentence that says what differs.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +24,7 @@ from world2act import signature
 from world2act.models import store
 from world2act.models.adapters import ActionAdapter, ActionDecoder, Adapters, AdapterSettings
 from world2act.models.residual import ResidualPolicy, ResidualSettings
+from world2act.models.text import words_of
 from world2act.normalisation import Statistics
 
 KIND = "residual"
@@ -72,6 +75,7 @@ class _Config(BaseModel):
     layout: ActionLayout
     origin: Origin
     version: Annotated[int, Field(ge=1, lt=2**63)]
+    instructions: tuple[str, ...] = ()  # bundles made before it was kept have none
 
     @classmethod
     def read(cls, found: Any) -> _Config:
@@ -92,6 +96,7 @@ class Bundle:
     """A residual policy with everything needed to run it.
 
     version: the policy version it is (0 is the base alone). signed_by: the key that signed the file it was read from.
+    instructions: those of the tasks that it was trained on, where each has one; none: an open set, or not kept.
     """
 
     policy: ResidualPolicy
@@ -102,6 +107,15 @@ class Bundle:
     version: int
     card: dict[str, Any] = field(default_factory=dict)
     signed_by: str = ""
+    instructions: tuple[str, ...] = ()
+
+    def knows(self, instruction: str) -> bool:
+        """Whether it was trained on that instruction, word for word; always where `instructions` are not kept."""
+        return not self.instructions or words_of(instruction) in self._words
+
+    @functools.cached_property
+    def _words(self) -> frozenset[tuple[str, ...]]:
+        return frozenset(map(words_of, self.instructions))
 
     @torch.no_grad()
     def combine(self, visual: Tensor, states: Tensor, base: Tensor, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -130,6 +144,7 @@ class Bundle:
             "layout": asdict(self.layout),
             "origin": asdict(self.origin),
             "version": self.version,
+            "instructions": self.instructions,
         }
         tensors = {**self.policy.state_dict(), **self.actions.tensors("actions")}
         return tensors, {"kind": KIND, "config": config, "card": self.card}
@@ -215,6 +230,7 @@ class Bundle:
             config.version,
             card if isinstance(card, dict) else {},
             signed_by,
+            config.instructions,
         )
 
     def _difference(

@@ -182,6 +182,13 @@ class Stage2Dataset:
         """Keys of the episodes inside."""
         return {spec.key for spec in self._rows}
 
+    @property
+    def instructions(self) -> tuple[str, ...]:
+        """Of the tasks inside, sorted, where each has one; else none: other scenes of a task may have others still."""
+        pairs = {(spec.task, text) for spec, text in self._instructions.items()}
+        closed = len(pairs) == len({task for task, _ in pairs})
+        return tuple(sorted({text for _, text in pairs})) if closed else ()
+
     def add(self, spec: EpisodeSpec, trajectory: Trajectory, targets: Targets) -> bool:
         """Add one episode; False (and no change) if it is inside already.
 
@@ -268,7 +275,7 @@ class Learner:
 
     Equal adapters, settings, seed and data give equal bits, also across `checkpoint` and `restore` in the middle of a round.
     device: where the residual is trained; data, random numbers, bundles and checkpoints stay on the CPU, so that a job begun on
-    a GPU goes on without one. Bits are equal on one kind of device only.
+    a GPU goes on without one. Bits are equal on one kind of device only. instructions: of the tasks that it was trained on.
     """
 
     def __init__(
@@ -290,6 +297,7 @@ class Learner:
         self.generator = torch.Generator().manual_seed(seed)
         self.version = 0
         self.consumed: set[str] = set()
+        self.instructions: tuple[str, ...] = ()
         self.step_in_round = 0
         self.total_steps = 0
 
@@ -350,6 +358,7 @@ class Learner:
             if on_step:
                 on_step(history[-1])
         self.consumed |= data.keys
+        self.instructions = data.instructions
         self.version += 1
         self.step_in_round = 0
         return history
@@ -360,7 +369,8 @@ class Learner:
         policy = copy.deepcopy(self.policy).cpu().eval().requires_grad_(False)
         card = {"settings": asdict(self.settings), "steps": self.total_steps, "episodes": len(self.consumed)}
         settings, actions = self.adapters.settings, self.adapters.actions
-        return Bundle(policy, settings, actions, layout or ActionLayout(), origin, self.version, card)
+        shape, instructions = layout or ActionLayout(), self.instructions
+        return Bundle(policy, settings, actions, shape, origin, self.version, card, instructions=instructions)
 
     def checkpoint(self, path: Path | str) -> str:
         """Write weights, optimiser, random state and counters to one safetensors file; returns its hash."""
@@ -373,6 +383,7 @@ class Learner:
             "step_in_round": self.step_in_round,
             "total_steps": self.total_steps,
             "consumed": sorted(self.consumed),
+            "instructions": self.instructions,
         }
         return store.write(path, tensors, {"kind": CHECKPOINT, "identity": self._identity(), "counters": counters})
 
@@ -400,6 +411,7 @@ class Learner:
         counters = metadata["counters"]
         self.version, self.step_in_round = counters["version"], counters["step_in_round"]
         self.total_steps, self.consumed = counters["total_steps"], set(counters["consumed"])
+        self.instructions = tuple(counters.get("instructions", ()))  # checkpoints made before it was kept have none
 
 
 # --- the whole, in one process --------------------------------------------------------------------------------------------

@@ -74,6 +74,9 @@ def unknown(skills: list[Any]) -> str:
     return f"no schema row knows the instruction ({'one skill' if len(skills) == 1 else f'{len(skills)} skills, by its verbs'})"
 
 
+LEFT = "not post-trained on, left to the base alone (W2A_VLA_UNSEEN)"
+
+
 def show_rollouts(result: Result, console: Console) -> None:
     """One row for each initial state."""
     table = Table(box=None, pad_edge=False)
@@ -81,6 +84,7 @@ def show_rollouts(result: Result, console: Console) -> None:
         table.add_column(name, overflow="fold")
     for r in result.get("rollouts", [result]):
         outcome = "-" if "success" not in r else f"{'success' if r['success'] else 'no success'}, {r['chunks']} chunks"
+        outcome += f"; {LEFT}" if r.get("unseen") else ""
         skills = "; ".join(r.get("skills", [])) or "-"
         table.add_row(str(r.get("index")), skills, outcome)
     console.print(table)
@@ -121,6 +125,9 @@ def show_evaluation(result: Result, console: Console) -> None:
         for policy in result.get("policies", []):
             for task, cell in {**policy["tasks"], "all": policy["all"]}.items():
                 console.print(f"{policy['name']}  {task}  {rate(cell)}")
+    for policy in result.get("policies", []):
+        if unseen := policy.get("unseen"):
+            console.print(f"{policy['name']}: {', '.join(unseen)}: {LEFT}", soft_wrap=True, highlight=False)
 
 
 def show_posttrain(result: Result, console: Console) -> None:

@@ -102,7 +102,8 @@ class RolloutRequest(Message):
 
 class RolloutResult(Message):
     """`trajectory`: artifact with `frames` uint8 (n,H,W,3), `states` (n,S), `base`, `executed` (n,M,A), metadata task, split,
-    index, version, prompts (JSON list), instruction, key. `success` is for reports and evaluation: the learner never reads it."""
+    index, version, prompts (JSON list), instruction, key. `unseen`: the version was not post-trained on this task and left it to
+    the base. `success` is for reports and evaluation: the learner never reads it."""
 
     id: str
     job: str
@@ -113,6 +114,7 @@ class RolloutResult(Message):
     version: int = 0
     trajectory: str = ""
     imagine_id: str = ""
+    unseen: bool = False
     success: bool = False
     chunks: int = 0
     video: str = ""

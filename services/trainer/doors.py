@@ -100,8 +100,9 @@ class Policy:
         version: int,
         episode: str = "",
         step: int = 0,
-    ) -> tuple[FloatArray, FloatArray, int]:
-        """One observation -> base and combined chunk (M, A) in the simulator's units, and the version that acted.
+    ) -> tuple[FloatArray, FloatArray, int, bool]:
+        """One observation -> base and combined chunk (M, A) in the simulator's units, the version that acted, and whether it left
+        this instruction to the base alone.
 
         `episode`, `step`: see policy.proto; for base policies that plan further ahead than M.
         """
@@ -120,7 +121,8 @@ class Policy:
                 raise
             self._load(namespace, version)
             reply = self.stub.Act(request, timeout=SECONDS)
-        return from_tensor(reply.base, "base")[0], from_tensor(reply.combined, "combined")[0], int(reply.version)
+        base, combined = from_tensor(reply.base, "base")[0], from_tensor(reply.combined, "combined")[0]
+        return base, combined, int(reply.version), any(reply.unseen)
 
     def _load(self, namespace: str, version: int) -> None:
         uri = self.artifact(namespace, version)

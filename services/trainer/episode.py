@@ -28,11 +28,12 @@ PERTURBED_AXES = 3
 
 @dataclass
 class Recorded:
-    """What an episode of n chunks left; shapes as in world2act.types.Trajectory. `video`: every frame, if it was
-    asked for, of which the upper `video_rows` rows show a camera."""
+    """What an episode of n chunks left; shapes as in world2act.types.Trajectory. `unseen`: see RolloutResult. `video`: every
+    frame, if it was asked for, of which the upper `video_rows` rows show a camera."""
 
     instruction: str = ""
     version: int = 0
+    unseen: bool = False
     success: bool = False
     video_rows: int = 0
     frames: list[ImageArray] = field(default_factory=list)
@@ -88,7 +89,7 @@ def run_episode(
     recorded.video.append(grid)
     attempt, done_actions = uuid.uuid4().hex, 0  # a request that is delivered twice must not go on with the other's plan
     for _ in range(limit):
-        base, combined, recorded.version = policy.act(
+        base, combined, recorded.version, recorded.unseen = policy.act(
             simulator.images, state, recorded.instruction, request.namespace, recorded.version, attempt, done_actions
         )
         done_actions += len(combined)
@@ -132,6 +133,7 @@ def store(artifacts: ArtifactStore, request: RolloutRequest, recorded: Recorded,
         round=request.round,
         version=recorded.version,
         trajectory=name,
+        unseen=recorded.unseen,
         success=recorded.success,
         chunks=len(recorded.frames),
         video=video,

@@ -47,8 +47,8 @@ def name(ref: PolicyRef) -> str:
 def run(context: JobContext, params: EvaluateParams) -> dict[str, Any]:
     """Execute everything. The first policy is the reference of all comparisons.
 
-    Result: `policies` with rates per task and overall, `comparisons` (policy, rows with difference, gained, lost, McNemar p),
-    `rows` and `table` of the last comparison, `episodes` one by one.
+    Result: `policies` with rates per task and overall and the tasks that each left to the base, `comparisons` (policy, rows with
+    difference, gained, lost, McNemar p), `rows` and `table` of the last comparison, `episodes` one by one.
     """
     refs = list(dict.fromkeys(pinned(context, ref) for ref in params.policies()))
     scenes = [(task, params.first_index + i) for i in range(params.episodes) for task in sorted(params.tasks)]
@@ -87,7 +87,9 @@ def rate_json(results: list[RolloutResult]) -> dict[str, Any]:
 def policy_json(ref: PolicyRef, results: list[RolloutResult]) -> dict[str, Any]:
     """One policy's success, overall and per task."""
     tasks = {task: rate_json([r for r in results if r.task == task]) for task in sorted({r.task for r in results})}
-    return {"name": name(ref), "namespace": ref.namespace, "version": ref.version, "all": rate_json(results), "tasks": tasks}
+    unseen = sorted({r.task for r in results if r.unseen})
+    policy = {"name": name(ref), "namespace": ref.namespace, "version": ref.version, "unseen": unseen}
+    return {**policy, "all": rate_json(results), "tasks": tasks}
 
 
 def row_json(row: Comparison) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def run(context: JobContext, params: RolloutParams) -> dict[str, Any]:
             entry |= imagined_json(answers[imagines[0].id], row, prompts)
         if executions:
             result = executed[executions[index].id]
-            kept = ("success", "chunks", "version", "trajectory", "started", "finished")
+            kept = ("success", "chunks", "version", "unseen", "trajectory", "started", "finished")
             entry |= {"executed_video": result.video, **{name: getattr(result, name) for name in kept}}
         rollouts.append(entry)
     return {"task": params.task, "split": split, "mode": params.mode, "namespace": ref.namespace, "rollouts": rollouts}

@@ -44,6 +44,7 @@ def load_engine(settings: VlaSettings) -> Engine:
         adapters,
         settings.vla_max_bound or math.inf,
         trusted_keys(settings.vla_trusted_keys, "vla_trusted_keys"),
+        settings.vla_unseen == "residual",
     )
 
 

@@ -1,14 +1,18 @@
-"""What a batch goes through: base policy once for all rows, VAE once for the rows that need it, each residual on its rows."""
+"""What a batch goes through: base policy once for all rows, VAE once for the rows that need it, each residual on its rows.
+
+A residual harms tasks that it was not trained on (docs/findings.md): they are left to the base, unless settings say otherwise.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import grpc
 import numpy as np
 import numpy.typing as npt
+import prometheus_client
 import structlog
 
 from services.runtime.rpc import RpcError
@@ -22,6 +26,9 @@ from world2act.models.store import MismatchError, WeightsError
 from world2act.types import FloatArray
 
 log = structlog.get_logger()
+UNSEEN = prometheus_client.Counter(
+    "w2a_vla_unseen_rows_total", "Observations left to the base: of no task that the residual was post-trained on"
+)
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,7 @@ class Chunks:
     """float32 (B, M, A) each, in the simulator's action units; combined = clip(base + residual).
 
     plans: what the base alone would do from now on, a row each, float32 (>= M, A): its first M actions are `base`.
+    unseen: bool (B,), rows that were left to the base: their instruction is of no task that the residual was trained on.
     """
 
     base: FloatArray
@@ -47,12 +55,14 @@ class Chunks:
     combined: FloatArray
     version: int
     plans: tuple[FloatArray, ...] = ()
+    unseen: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
 
 
 class Engine:
     """Stateless after construction; `compute` is called by one thread, `check` by any.
 
-    adapters_hash: empty where bundles of any adapters load; adapters, max_bound, trusted: see `Bundle.from_bytes`.
+    adapters_hash: empty where bundles of any adapters load; adapters, max_bound, trusted: see `Bundle.from_bytes`. everywhere:
+    residuals act on instructions that they were not trained on, too.
     """
 
     def __init__(
@@ -64,9 +74,10 @@ class Engine:
         adapters: Adapters | None = None,
         max_bound: float = math.inf,
         trusted: frozenset[str] = frozenset(),
+        everywhere: bool = False,
     ) -> None:
         self.policy, self.vision, self.adapters_hash, self.block = policy, vision, adapters_hash, block
-        self.adapters, self.max_bound, self.trusted = adapters, max_bound, trusted
+        self.adapters, self.max_bound, self.trusted, self.everywhere = adapters, max_bound, trusted, everywhere
 
     def compute(self, jobs: Sequence[ActJob]) -> list[Chunks | Exception]:
         """One batch. A residual that fails spoils only the requests that asked for it."""
@@ -91,8 +102,11 @@ class Engine:
             where = np.concatenate([places[i] for i in members])
             visual = latents[where] if residual.latents else rows.grids[where]
             texts = [rows.instructions[i] for i in where]
+            unseen = np.array([not self.everywhere and residual.is_new(text) for text in texts])
+            UNSEEN.inc(int(unseen.sum()))
             try:
                 both = in_blocks(residual.combine, self.block, visual, rows.states[where], base[where], texts)
+                both[unseen, 0], both[unseen, 1] = 0.0, base[where][unseen]
                 if not np.isfinite(both).all():
                     raise ValueError("actions are not finite")
             except Exception as error:
@@ -101,9 +115,9 @@ class Engine:
                 for i in members:
                     results[i] = failure
                 continue
-            parts = np.split(both, np.cumsum([len(jobs[i]) for i in members])[:-1])
-            for i, part in zip(members, parts, strict=True):
-                results[i] = Chunks(base[places[i]], part[:, 0], part[:, 1], residual.version, ahead[i])
+            ends = np.cumsum([len(jobs[i]) for i in members])[:-1]
+            for i, part, new in zip(members, np.split(both, ends), np.split(unseen, ends), strict=True):
+                results[i] = Chunks(base[places[i]], part[:, 0], part[:, 1], residual.version, ahead[i], new)
         return results
 
     def _latents(self, rows: Observations, places: Sequence[npt.NDArray[np.int64]]) -> FloatArray:

@@ -104,6 +104,7 @@ class PolicyServicer(policy_pb2_grpc.PolicyServicer):
             residual=to_tensor(chunks.residual),
             combined=to_tensor(chunks.combined),
             version=chunks.version,
+            unseen=chunks.unseen.tolist(),
         )
 
     @door

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, SecretStr
 
@@ -55,6 +56,10 @@ class VlaSettings(CommonSettings):
     )
     vla_max_bound: float = Field(
         0.0, ge=0.0, description="largest bound of a residual that loads, in standard deviations of the actions; 0: any"
+    )
+    vla_unseen: Literal["base", "residual"] = Field(
+        "base",
+        description="what acts on instructions of tasks that a residual was not post-trained on: the base alone or the residual",
     )
     vla_max_batch: int = Field(32, ge=1, le=1024, description="observations in one request, and in one batch across clients")
     vla_max_wait_ms: float = Field(5.0, ge=0.0, le=1000.0, description="a request waits at most this long for others to join")

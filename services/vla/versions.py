@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
@@ -22,6 +22,8 @@ log = structlog.get_logger()
 LOADED = prometheus_client.Gauge("w2a_vla_loaded_versions", "Residual versions in memory, all namespaces")
 NEWEST = -1
 BASE_ALONE = 0
+MOST_TOLD = 100
+"""Instructions of which the log says that a residual does not know them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,11 +33,22 @@ class Residual:
     version: int
     uri: str
     bundle: Bundle
+    told: set[str] = field(default_factory=set)
 
     @property
     def latents(self) -> bool:
         """Whether it sees VAE latents; else the camera grid."""
         return self.bundle.policy.settings.vision == "latent"
+
+    def is_new(self, instruction: str) -> bool:
+        """Whether it was not trained on that instruction; the log says so once."""
+        new = not self.bundle.knows(instruction)
+        if new and instruction not in self.told and len(self.told) < MOST_TOLD:
+            self.told.add(instruction)
+            log.warning(
+                "left to the base alone: not post-trained on", instruction=instruction, version=self.version, uri=self.uri
+            )
+        return new
 
     def combine(self, visual: npt.NDArray[Any], states: FloatArray, base: FloatArray, instructions: Sequence[str]) -> FloatArray:
         """Latents (B, C, h, w) or grids uint8 (B, H, W, 3), states, base (B, M, A) -> (B, 2, M, A): residual, combined."""

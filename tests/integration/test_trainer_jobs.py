@@ -116,6 +116,16 @@ def rig(valkey_server: Any, valkey: redis.Redis, tmp_path: Path) -> Iterator[Rig
         yield rig
 
 
+def test_evaluate_says_what_was_left_to_the_base(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakePolicy, "unseen", ["pick up the puck and place it at the goal"])
+    Ledger(rig.client).publish_version("ns", 1, rig.coordinator.artifacts.put(b"bundle", "safetensors"))
+    job = rig.run("evaluate", tasks=["reach"], episodes=1, namespace="ns")
+    assert job.status == "succeeded", job.error
+    assert [p["unseen"] for p in job.result["policies"]] == [[], ["reach"]]
+    job = rig.run("rollout", task="reach", indices=[4], mode="execute", namespace="ns")
+    assert job.result["rollouts"][0]["unseen"] and job.result["rollouts"][0]["version"] == 1
+
+
 def test_evaluate_matches_scenes_and_compares(rig: Rig) -> None:
     name = rig.coordinator.artifacts.put(b"bundle", "safetensors")
     Ledger(rig.client).publish_version("ns", 1, name)

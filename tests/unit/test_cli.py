@@ -212,6 +212,7 @@ def test_evaluate_takes_the_newest_run_and_prints_its_table() -> None:
         "mcnemar": {"gained": 2, "lost": 0, "p": 0.5},
     }
     result = {"split": "evaluation", "comparisons": [{"policy": "n/2", "reference": "base", "rows": [row]}]}
+    result["policies"] = [{"name": "base", "unseen": []}, {"name": "n/2", "unseen": ["push", "reach"]}]
     jobs = [
         {"id": "c", "kind": "posttrain", "status": "running", "params": {}},
         {"id": "b", "kind": "posttrain", "status": "succeeded", "params": {"namespace": "n"}},
@@ -227,7 +228,8 @@ def test_evaluate_takes_the_newest_run_and_prints_its_table() -> None:
     with gateway(answers) as g:
         work.run_job(g, Console(file=out, width=120), "evaluate", {"tasks": ["reach"], "namespace": None}, wait=True)
     assert json.loads(answers.calls[1].content)["namespace"] == "n"
-    for text in ("reach", "0.50 [0.20, 0.80]", "1.00", "+0.50 [+0.10, +0.90]", "+2 / -0", "n/2 against base"):
+    left = "n/2: push, reach: not post-trained on, left to the base alone"
+    for text in ("reach", "0.50 [0.20, 0.80]", "1.00", "+0.50 [+0.10, +0.90]", "+2 / -0", "n/2 against base", left):
         assert text in out.getvalue()
 
 

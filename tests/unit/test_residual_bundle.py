@@ -79,10 +79,21 @@ def test_combined_is_clipped_and_in_simulator_units(tmp_path):
 def test_round_trip_is_exact(tmp_path):
     original = bundle(moved(make(), 0.5))
     original.policy.eval().set_state_statistics(torch.arange(4.0), torch.arange(4.0) + 1)
+    original.instructions = ("open the drawer",)
     original.save(tmp_path / "r.safetensors")
     loaded = Bundle.load(tmp_path / "r.safetensors", ORIGIN, ActionLayout())
+    assert loaded.knows("Open the  drawer.") and not loaded.knows("open the door")
     assert torch.equal(loaded.combine(*inputs())[1], original.combine(*inputs())[1])
     assert loaded.version == 3 and loaded.card == {"note": "x"} and loaded.to_bytes() == original.to_bytes()
+
+
+def test_a_bundle_made_before_instructions_were_kept_loads_and_knows_all():
+    tensors, metadata = bundle()._contents()
+    del metadata["config"]["instructions"]
+    assert Bundle.from_bytes(store.to_bytes(tensors, metadata)).knows("open the door")
+    metadata["config"]["instructions"] = [7]
+    with pytest.raises(store.WeightsError, match=r"instructions\.0: input should be a valid string"):
+        Bundle.from_bytes(store.to_bytes(tensors, metadata))
 
 
 @pytest.mark.parametrize(("part", "called"), [("base", "base policy"), ("worldmodel", "world model"), ("adapters", "adapters")])

@@ -157,6 +157,22 @@ def test_serial_driver_equals_its_steps_to_the_bit(adapters):
     assert bits(fed) == bits(serial)
 
 
+def test_a_residual_says_which_instructions_it_knows_where_each_task_has_one(adapters, tmp_path):
+    specs = schedule.plan(SETTINGS, TASKS, 0)
+    data, learner = dataset(adapters, specs), stage2.Learner(adapters, SETTINGS, 0)
+    assert learner.bundle("b" * 64).knows("anything"), "untrained"
+    learner.train_round(data, 1)
+    learner.checkpoint(tmp_path / "c.safetensors")
+    resumed = stage2.Learner(adapters, SETTINGS, 0)
+    resumed.resume(tmp_path / "c.safetensors")
+    for bundle in (learner.bundle("b" * 64), resumed.bundle("b" * 64)):
+        assert bundle.instructions == ("push it", "reach it") and bundle.knows("Push it!") and not bundle.knows("push")
+    also = schedule.EpisodeSpec(0, "push", 10**6, 0.0, "another")
+    data.add(also, replace(trajectory(also), instruction="push that"), targets(trajectory(also)))
+    learner.train_round(data, 1)
+    assert learner.bundle("b" * 64).knows("anything"), "a task with two instructions may have a third"
+
+
 def test_resume_in_the_middle_of_a_round_is_exact(adapters, tmp_path):
     data = dataset(adapters, schedule.plan(SETTINGS, TASKS, 0))
     whole = stage2.Learner(adapters, SETTINGS, 0)

@@ -118,6 +118,25 @@ def test_each_request_gets_its_rows_from_its_version(engine: Engine) -> None:
         assert bool(result.residual.any()) == (job.residual is not None)
 
 
+def test_tasks_that_a_residual_was_not_trained_on_are_left_to_the_base(engine: Engine) -> None:
+    knowing = loaded(engine, 1)
+    knowing.bundle.instructions = ("open the drawer",)
+    three = replace(rows(3, 0), instructions=("Open the drawer.", "close the drawer", "open the drawer"))
+    (alone,), (mixed, other) = (
+        engine.compute([ActJob(three, None)]),
+        engine.compute([ActJob(three, knowing), ActJob(three, None)]),
+    )
+    assert isinstance(mixed, Chunks) and isinstance(alone, Chunks) and isinstance(other, Chunks)
+    assert mixed.unseen.tolist() == [False, True, False] and mixed.version == 1 and other.unseen.size == 0
+    assert mixed.residual.any(axis=(1, 2)).tolist() == [True, False, True]
+    assert mixed.combined[1].tobytes() == alone.combined[1].tobytes()
+    assert knowing.told == {"close the drawer"}
+    engine.everywhere = True
+    (everywhere,) = engine.compute([ActJob(three, knowing)])
+    engine.everywhere = False
+    assert isinstance(everywhere, Chunks) and everywhere.residual[1].any() and not everywhere.unseen.any()
+
+
 def test_a_residual_that_fails_spoils_only_its_own_requests(engine: Engine) -> None:
     good, bad = loaded(engine, 1), loaded(engine, 2)
     bad.bundle.policy.state_std.fill_(0.0)  # passes every check on load, then divides by zero

@@ -79,16 +79,18 @@ class ActRequest(_message.Message):
     def __init__(self, observations: _Optional[_Iterable[_Union[Observation, _Mapping]]] = ..., namespace: _Optional[str] = ..., version: _Optional[int] = ...) -> None: ...
 
 class ActReply(_message.Message):
-    __slots__ = ("base", "residual", "combined", "version")
+    __slots__ = ("base", "residual", "combined", "version", "unseen")
     BASE_FIELD_NUMBER: _ClassVar[int]
     RESIDUAL_FIELD_NUMBER: _ClassVar[int]
     COMBINED_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    UNSEEN_FIELD_NUMBER: _ClassVar[int]
     base: _tensor_pb2.Tensor
     residual: _tensor_pb2.Tensor
     combined: _tensor_pb2.Tensor
     version: int
-    def __init__(self, base: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., residual: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., combined: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., version: _Optional[int] = ...) -> None: ...
+    unseen: _containers.RepeatedScalarFieldContainer[bool]
+    def __init__(self, base: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., residual: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., combined: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., version: _Optional[int] = ..., unseen: _Optional[_Iterable[bool]] = ...) -> None: ...
 
 class LoadRequest(_message.Message):
     __slots__ = ("namespace", "version", "uri")
