@@ -39,6 +39,8 @@ def run(robot: Robot, policy: Policy, settings: Settings) -> float:
     """Act for `settings.chunks` chunks; the largest residual that acted. Raises StoppedError. The arm is stopped in the end."""
     limit, largest = RateLimit(policy.spec.action_size, settings.change), 0.0
     policy.act(*robot.observe(), seconds=30.0)  # the first answer may be slow, and fixes the version
+    if policy.unseen:
+        print(f"version {policy.version} was not post-trained on this instruction: the base alone acts", file=sys.stderr)
     try:
         with Watchdog(settings.late, robot.stop) as watchdog:
             for _ in range(settings.chunks):

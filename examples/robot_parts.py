@@ -66,12 +66,13 @@ def load_robot(name: str, spec: Any) -> Robot:
 
 
 class Policy:
-    """The policy server's gRPC door. The version that answers first is asked for from then on, so that it cannot change."""
+    """The policy server's gRPC door. The version that answers first is asked for from then on, so that it cannot change. unseen:
+    it was not post-trained on the instruction, and leaves it to the base."""
 
     def __init__(self, address: str, instruction: str, namespace: str = "", version: int = -1) -> None:
         self.channel, self.address = connect_channel(address), address
         self.stub: Any = PolicyStub(self.channel)
-        self.instruction, self.namespace, self.version = instruction, namespace, version
+        self.instruction, self.namespace, self.version, self.unseen = instruction, namespace, version, False
         self.spec: Any = self._call(self.stub.Describe, policy_pb2.PolicyDescribeRequest(), 10.0)
 
     def act(self, images: dict[str, ImageArray], state: FloatArray, seconds: float) -> tuple[FloatArray, FloatArray]:
@@ -83,7 +84,7 @@ class Policy:
         )
         request = policy_pb2.ActRequest(observations=[observation], namespace=self.namespace, version=self.version)
         reply = self._call(self.stub.Act, request, seconds)
-        self.version = int(reply.version)
+        self.version, self.unseen = int(reply.version), any(reply.unseen)
         return from_tensor(reply.base, "base")[0], from_tensor(reply.combined, "combined")[0]
 
     def _call(self, method: Any, request: Any, seconds: float) -> Any:

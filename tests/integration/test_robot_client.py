@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.vla_server import VlaProcess
+from services.runtime.generated import policy_pb2
+from tests.vla_server import VlaProcess, make_bundle
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
@@ -74,6 +75,18 @@ def test_residual_is_bounded_and_actions_change_slowly(server: VlaProcess) -> No
     alone, _, nothing = drive(settings(server, residual=0.0, change=9.0))
     base, _, _, _ = server.act([0], 0)
     assert nothing == 0.0 and np.abs(np.array(alone.commands)).max() <= 1.0 and base.shape == (1, 4, 4)
+
+
+def test_the_operator_hears_that_the_base_alone_acts(server: VlaProcess, capsys: pytest.CaptureFixture[str]) -> None:
+    bundle = make_bundle(server.origin, 1)
+    bundle.instructions = ("open the drawer",)
+    uri = server.artifacts.put(bundle.to_bytes(), "safetensors")
+    server.stub.Load(policy_pb2.LoadRequest(namespace="drawers", version=1, uri=uri), timeout=30)
+    _, _, known = drive(settings(server, namespace="drawers"))
+    assert known > 0.0 and not capsys.readouterr().err
+    _, policy, unknown = drive(settings(server, namespace="drawers", instruction="close the drawer"))
+    assert unknown == 0.0 and policy.version == 1
+    assert capsys.readouterr().err == "version 1 was not post-trained on this instruction: the base alone acts\n"
 
 
 def test_a_late_reply_stops_the_arm_at_once(server: VlaProcess) -> None:
