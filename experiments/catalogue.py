@@ -162,15 +162,19 @@ def _methods(tasks: Sequence[str]) -> list[Row]:
 
 
 def _worldmodel(tasks: Sequence[str]) -> list[Row]:
-    whole, read = replace(SHIPPED, worldmodel="base"), replace(SHIPPED, worldmodel="read")
+    whole, longer, read, again = (replace(SHIPPED, worldmodel=kind) for kind in ("base", "longer", "read", "read-again"))
     targets = "imagination"
     return [
         _base(SHIPPED, paper="0.701"),
         Row("Base-WM", _ours(whole), ("base",), "0.715"),
         Row("Skill-WM", _ours(SHIPPED), ("base", "Base-WM"), "0.726"),
-        Row("Skill-WM, read", _ours(read), ("base", "Skill-WM")),
+        Row("Skill-WM, longer", _ours(longer), ("base", "Skill-WM")),
+        Row("Skill-WM, read", _ours(read), ("base", "Skill-WM", "Skill-WM, longer")),
+        Row("Skill-WM, read again", _ours(again), ("base", "Skill-WM", "Skill-WM, longer")),
         Row(targets, _named("imagination", SHIPPED), ("base",), bound=True),
-        Row(f"{targets}, read", _named("imagination", read), ("base", targets), bound=True),
+        Row(f"{targets}, longer", _named("imagination", longer), ("base", targets), bound=True),
+        Row(f"{targets}, read", _named("imagination", read), ("base", targets, f"{targets}, longer"), bound=True),
+        Row(f"{targets}, read again", _named("imagination", again), ("base", targets, f"{targets}, longer"), bound=True),
     ]
 
 
@@ -302,7 +306,8 @@ EXPERIMENTS: dict[str, Experiment] = {
     "worldmodel": Experiment(
         "World model (paper Table 3)",
         "Skill-WM against Base-WM: the same video and VAE, whole episodes with their instruction instead of skills. read: "
-        "Skill-WM, trained on so that actions can be read in what it imagines. imagination: Skill-WM's targets act themselves.",
+        "Skill-WM, trained on so that actions can be read in what it imagines; read again: with another seed; longer: trained "
+        "on as long without that, the control. imagination: Skill-WM's targets act themselves.",
         _worldmodel,
     ),
     "objectives": Experiment(

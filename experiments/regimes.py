@@ -54,8 +54,8 @@ INVERSE_STEPS = 3000
 D_a(E_v) 0.856 (decision 041)."""
 READ = TransformerSettings(steps=2500, short_batch=48, short_horizon=1, long_share=0.1, rate=1e-3, reading_weight=4.0)
 """How a world model "read" is trained on: mostly one latent ahead, as closed-loop targets ask."""
-TRAINED_ON = {"read": READ, "longer": replace(READ, reading_weight=0.0)}
-"""World models that go on from a "skill" one."""
+TRAINED_ON = {"read": (READ, 0), "read-again": (READ, 1), "longer": (replace(READ, reading_weight=0.0), 0)}
+"""World models that go on from a "skill" one: how, and the training seed."""
 PLAY_SHARE = 0.75
 """Of the batches that the inverse-dynamics model learns from; the rest is of the labelled demonstrations."""
 
@@ -64,11 +64,12 @@ PLAY_SHARE = 0.75
 class Regime:
     """demonstrations: labelled ones per task that the base has seen. worldmodel "base": trained on whole episodes with their
     instruction as the prompt, and asked that way; "read": "skill", trained on so that actions can be read in what it imagines,
-    those that Stage 1 goes by; "longer": trained on as long without that, its control. stage1: preset of the adapters."""
+    those that Stage 1 goes by; "read-again": likewise, with another seed; "longer": trained on as long without that, its
+    control. stage1: preset of the adapters."""
 
     kind: Kind = "shipped"
     demonstrations: int = 4
-    worldmodel: Literal["skill", "base", "read", "longer"] = "skill"
+    worldmodel: Literal["skill", "base", "read", "read-again", "longer"] = "skill"
     stage1: Preset = "default"
 
     @property
@@ -391,8 +392,9 @@ def _train_worldmodel(regime: Regime, places: Places, tasks: Sequence[str], out:
     if regime.worldmodel == "base":
         settings = replace(settings, segmented=False, vae_from=skill)
     if regime.worldmodel in TRAINED_ON:
-        settings = replace(settings, tune=skill, transformer=TRAINED_ON[regime.worldmodel])
-        if regime.worldmodel == "read" and regime.kind in NAMED:
+        transformer, seed = TRAINED_ON[regime.worldmodel]
+        settings = replace(settings, tune=skill, transformer=transformer, seed=seed)
+        if transformer.reading_weight and regime.kind in NAMED:
             name = _namer(before, places, tasks, WorldModel.load(skill), progress).read
     worldmodel_training.train_worldmodel(settings, progress, name)
     for file in partial.parent.glob(f"{out.stem}.*"):  # the weights and their card

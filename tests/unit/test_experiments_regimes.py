@@ -93,9 +93,12 @@ def test_base_wm_is_trained_on_whole_episodes_with_the_vae_of_its_skill_wm(
         assert trained[-1].transformer.reading_weight > 0 and regime.name in str(places.part(regime, "worldmodel"))
     longer = Regime("video-rich", 4, "longer")
     regimes._train_worldmodel(longer, places, ["reach"], places.part(longer, "worldmodel"))
+    again = Regime("shipped", 4, "read-again")
+    regimes._train_worldmodel(again, places, ["reach"], places.part(again, "worldmodel"))
     read = trained[5].transformer
-    assert trained[-1].tune == trained[5].tune and trained[-1].transformer == replace(read, reading_weight=0.0)
-    assert names[5:] == ["video-rich-4", None, None], "what has no labels is named; what has, or is not read, is not"
+    assert trained[7].tune == trained[5].tune and trained[7].transformer == replace(read, reading_weight=0.0)
+    assert trained[8].transformer == read and [found.seed for found in trained[5:]] == [0, 0, 0, 1], "again: another seed alone"
+    assert names[5:] == ["video-rich-4", None, None, None], "what has no labels is named; what has, or is not read, is not"
 
 
 def test_base_wm_is_asked_with_the_instruction() -> None:
