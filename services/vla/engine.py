@@ -103,7 +103,6 @@ class Engine:
             visual = latents[where] if residual.latents else rows.grids[where]
             texts = [rows.instructions[i] for i in where]
             unseen = np.array([not self.everywhere and residual.is_new(text) for text in texts])
-            UNSEEN.inc(int(unseen.sum()))
             try:
                 both = in_blocks(residual.combine, self.block, visual, rows.states[where], base[where], texts)
                 both[unseen, 0], both[unseen, 1] = 0.0, base[where][unseen]
@@ -115,6 +114,7 @@ class Engine:
                 for i in members:
                     results[i] = failure
                 continue
+            UNSEEN.inc(int(unseen.sum()))
             ends = np.cumsum([len(jobs[i]) for i in members])[:-1]
             for i, part, new in zip(members, np.split(both, ends), np.split(unseen, ends), strict=True):
                 results[i] = Chunks(base[places[i]], part[:, 0], part[:, 1], residual.version, ahead[i], new)

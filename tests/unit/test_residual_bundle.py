@@ -87,6 +87,13 @@ def test_round_trip_is_exact(tmp_path):
     assert loaded.version == 3 and loaded.card == {"note": "x"} and loaded.to_bytes() == original.to_bytes()
 
 
+def test_instructions_of_any_script_are_told_apart():
+    speaking = bundle()
+    speaking.instructions = ("打开抽屉", "Öffne die Tür")
+    assert speaking.knows("打开抽屉。") and speaking.knows("öffne die TÜR!")
+    assert not speaking.knows("关上抽屉") and not speaking.knows("Öffne das Tor") and not speaking.knows("")
+
+
 def test_a_bundle_made_before_instructions_were_kept_loads_and_knows_all():
     tensors, metadata = bundle()._contents()
     del metadata["config"]["instructions"]

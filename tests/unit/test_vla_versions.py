@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from services.runtime.rpc import RpcError
+from services.vla.__main__ import load_engine
 from services.vla.engine import ActJob, Chunks, Engine
 from services.vla.observations import Observations
 from services.vla.policies import base
@@ -135,6 +136,11 @@ def test_tasks_that_a_residual_was_not_trained_on_are_left_to_the_base(engine: E
     (everywhere,) = engine.compute([ActJob(three, knowing)])
     engine.everywhere = False
     assert isinstance(everywhere, Chunks) and everywhere.residual[1].any() and not everywhere.unseen.any()
+
+
+def test_a_setting_lets_residuals_act_everywhere(tmp_path: Path) -> None:
+    make_zoo(tmp_path)
+    assert [load_engine(VlaSettings(zoo=tmp_path, vla_unseen=what)).everywhere for what in ("base", "residual")] == [False, True]
 
 
 def test_a_residual_that_fails_spoils_only_its_own_requests(engine: Engine) -> None:

@@ -14,15 +14,10 @@ MAX_WORDS = 16
 _PADDING, _START = 0, 1
 
 
-def words_of(text: str) -> tuple[str, ...]:
-    """The words of `text`, lower case, without what stands between them."""
-    return tuple(re.findall(r"[a-z0-9]+", text.lower()))
-
-
 def word_ids(text: str) -> list[int]:
     """Bucket numbers of the first 16 words of `text`, after a start token (so '' is one token: no condition)."""
-    hashes = (hashlib.blake2b(word.encode(), digest_size=8).digest() for word in words_of(text)[:MAX_WORDS])
-    return [_START] + [2 + int.from_bytes(number, "big") % BUCKETS for number in hashes]
+    words = re.findall(r"[a-z0-9]+", text.lower())[:MAX_WORDS]
+    return [_START] + [2 + int.from_bytes(hashlib.blake2b(w.encode(), digest_size=8).digest(), "big") % BUCKETS for w in words]
 
 
 def token_batch(texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
