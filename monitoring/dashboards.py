@@ -119,9 +119,16 @@ SIMULATORS = (
     Panel("Episodes started", [("{{task}}", "sum by (task) (rate(w2a_simulator_resets_total[5m]))")], PER_SECOND),
     Panel("Time of an episode", quantiles("w2a_rollout_episode_seconds"), SECONDS),
     Panel("Policy, time of a request", quantiles("w2a_vla_latency_seconds"), SECONDS),
-    Panel("Environment processes replaced", [("{{instance}}", "increase(w2a_simulator_restarts_total[5m])")]),
-    Panel("Leases expired", [("{{instance}}", "increase(w2a_simulator_leases_expired_total[5m])")]),
-    Panel("Episodes by outcome", [("{{outcome}}", "sum by (outcome) (rate(w2a_rollout_episodes_total[5m]))")], PER_SECOND),
+    Panel(
+        "Left to the base",
+        [("observations/s", "sum(rate(w2a_vla_unseen_rows_total[5m]))")],
+        PER_SECOND,
+        6,
+        about="Their instruction is of no task that the residual was post-trained on.",
+    ),
+    Panel("Environment processes replaced", [("{{instance}}", "increase(w2a_simulator_restarts_total[5m])")], span=6),
+    Panel("Leases expired", [("{{instance}}", "increase(w2a_simulator_leases_expired_total[5m])")], span=6),
+    Panel("Episodes by outcome", [("{{outcome}}", "sum by (outcome) (rate(w2a_rollout_episodes_total[5m]))")], PER_SECOND, 6),
 )
 
 TRAJECTORIES = "sum(increase(w2a_trainer_episodes_counted_total[$__range]))"

@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,6 +24,7 @@ from world2act import signature
 from world2act.models import store
 from world2act.models.adapters import ActionAdapter, ActionDecoder, Adapters, AdapterSettings
 from world2act.models.residual import ResidualPolicy, ResidualSettings
+from world2act.models.text import words
 from world2act.normalisation import Statistics
 
 KIND = "residual"
@@ -91,11 +91,6 @@ class _Config(BaseModel):
             raise ValueError(f"{where}: {why[:1].lower()}{why[1:]}") from None
 
 
-def _words(text: str) -> tuple[str, ...]:
-    """Of any script, without regard to case and to what stands between them."""
-    return tuple(re.findall(r"\w+", text.casefold()))
-
-
 @dataclass
 class Bundle:
     """A residual policy with everything needed to run it.
@@ -116,11 +111,11 @@ class Bundle:
 
     def knows(self, instruction: str) -> bool:
         """Whether it was trained on that instruction, word for word; always where `instructions` are not kept."""
-        return not self.instructions or _words(instruction) in self._known
+        return not self.instructions or tuple(words(instruction)) in self._known
 
     @functools.cached_property
     def _known(self) -> frozenset[tuple[str, ...]]:
-        return frozenset(map(_words, self.instructions))
+        return frozenset(tuple(words(text)) for text in self.instructions)
 
     @torch.no_grad()
     def combine(self, visual: Tensor, states: Tensor, base: Tensor, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -145,6 +145,8 @@ def test_frames_must_be_whole_chunks(model: WorldModel) -> None:
 def test_words() -> None:
     assert word_ids("Open the DRAWER!") == word_ids("open  the drawer") != word_ids("close the drawer")
     assert len(word_ids("a " * 40)) == 17
+    assert word_ids("Öffne die Schublade.") == word_ids("öffne die schublade") != word_ids("offne die schublade")
+    assert word_ids("打开抽屉") != word_ids("关闭抽屉") and word_ids("दराज की") != word_ids("दराज का")
     ids, mask = token_batch(["", "open the drawer"])
     assert ids.shape == mask.shape == (2, 17)
     assert mask.sum(1).tolist() == [1, 4]

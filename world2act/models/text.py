@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import re
+import unicodedata
 from collections.abc import Sequence
 
 import torch
@@ -14,10 +14,16 @@ MAX_WORDS = 16
 _PADDING, _START = 0, 1
 
 
+def words(text: str) -> list[str]:
+    """Runs of letters, marks and digits of any script, without regard to case. A script without spaces gives one a clause."""
+    text = unicodedata.normalize("NFC", text.casefold())
+    return "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in text).split()
+
+
 def word_ids(text: str) -> list[int]:
     """Bucket numbers of the first 16 words of `text`, after a start token (so '' is one token: no condition)."""
-    words = re.findall(r"[a-z0-9]+", text.lower())[:MAX_WORDS]
-    return [_START] + [2 + int.from_bytes(hashlib.blake2b(w.encode(), digest_size=8).digest(), "big") % BUCKETS for w in words]
+    hashes = (hashlib.blake2b(word.encode(), digest_size=8) for word in words(text)[:MAX_WORDS])
+    return [_START] + [2 + int.from_bytes(h.digest(), "big") % BUCKETS for h in hashes]
 
 
 def token_batch(texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
