@@ -22,6 +22,8 @@ from world2act.types import FloatArray, ImageArray, Trajectory
 Distortion = Callable[[ImageArray, Sequence[int], int], ImageArray]
 """Camera grid uint8 (H, W, 3), numbers that name the episode, the chunk -> what policy and world model see instead."""
 
+Wording = Callable[[str, int], str]
+"""The task's instruction, the scene's index -> what the policy is told instead."""
 
 Expert = Literal["action", "video"]
 """What the expert is asked at every visited state: its next chunk, or what that looks like too (slower)."""
@@ -110,12 +112,14 @@ class Arena:
             environment.close()
         self._environments.clear()
 
-    def evaluate(self, policy: Policy, split: Split, tasks: Sequence[str], indices: Sequence[int]) -> list[Outcome]:
+    def evaluate(
+        self, policy: Policy, split: Split, tasks: Sequence[str], indices: Sequence[int], wording: Wording | None = None
+    ) -> list[Outcome]:
         """Success of `policy` in scenes `indices` of `split`; an episode ends at success."""
         if split not in (Split.EVALUATION, Split.TUNING):
             raise ValueError(f"split: success is measured on evaluation or tuning scenes, got {split.value}")
         specs = [EpisodeSpec(0, task, index, 0.0, f"{index:x}") for index in indices for task in tasks]
-        runs = self.run(specs, policy, split, stop_at_success=True)
+        runs = self.run(specs, policy, split, stop_at_success=True, wording=wording)
         return [Outcome(spec.task, split.value, spec.index, run.success) for spec, run in zip(specs, runs, strict=True)]
 
     def run(
@@ -127,13 +131,17 @@ class Arena:
         stop_at_success: bool = False,
         film: bool = False,
         expert: Expert | None = None,
+        wording: Wording | None = None,
     ) -> list[Run]:
-        """Run every episode of `specs`, in the order given. film: keep every frame; expert: ask the expert at every chunk."""
+        """Run every episode of `specs`, in the order given.
+
+        film: keep every frame; expert: ask the expert at every chunk; wording: of instructions, not of skills' prompts.
+        """
         waiting: dict[str, list[int]] = {}
         for place, spec in enumerate(specs):
             waiting.setdefault(spec.task, []).append(place)
         done: dict[int, Run] = {}
-        lanes = {task: self._start(places.pop(0), specs, split, film) for task, places in waiting.items()}
+        lanes = {task: self._start(places.pop(0), specs, split, film, wording) for task, places in waiting.items()}
         while lanes:
             running = list(lanes.values())
             base, combined = self._act(policy, running)
@@ -145,12 +153,12 @@ class Arena:
                     task = lane.spec.task
                     done[lane.place] = self._finish(lane, policy.version, split)
                     if waiting[task]:
-                        lanes[task] = self._start(waiting[task].pop(0), specs, split, film)
+                        lanes[task] = self._start(waiting[task].pop(0), specs, split, film, wording)
                     else:
                         del lanes[task]
         return [done[place] for place in range(len(specs))]
 
-    def _start(self, place: int, specs: Sequence[EpisodeSpec], split: Split, film: bool) -> _Lane:
+    def _start(self, place: int, specs: Sequence[EpisodeSpec], split: Split, film: bool, wording: Wording | None) -> _Lane:
         spec = specs[place]
         task = self.spec.task(spec.task)
         if self.textures:
@@ -163,7 +171,8 @@ class Arena:
         offsets = schedule.perturbation(spec, task.max_chunks, self.spread)
         episode = (scene_seed(split, spec.index), self.spec.tasks.index(task))
         seen = self._seen(grid, episode, 0)
-        lane = _Lane(place, spec, episode, first.instruction, skill, prompt, seen, first.state, offsets)
+        told = wording(first.instruction, spec.index) if wording else first.instruction
+        lane = _Lane(place, spec, episode, told, skill, prompt, seen, first.state, offsets)
         if film:
             lane.film.append(grid)  # undistorted, as every later frame of it
         return lane

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from experiments import distortions, practice
+from experiments import distortions, practice, wording
 from experiments.arena import Arena, Policy
 from experiments.cells import Cell, processes
 from experiments.methods import METHODS
@@ -53,7 +53,8 @@ class Variant:
     """One row of a table: a method in a regime. settings: fields of Stage2Settings that differ from the preset's.
 
     distortion: what the cameras suffer, by name; train_tasks: tasks that are post-trained, None for all that are evaluated;
-    every_round: evaluate after each round too. Variants of one name and content share their cells.
+    every_round: evaluate after each round too; other_words: evaluate with other instructions than those of training. Variants of
+    one name and content share their cells.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Variant:
     distortion: str = "none"
     train_tasks: tuple[str, ...] | None = None
     every_round: bool = False
+    other_words: bool = False
 
     def stage2(self) -> Stage2Settings:
         """The preset with the variant's own fields. Raises ValueError, TypeError for a field that is unknown or out of range."""
@@ -88,6 +90,8 @@ def cells(experiment: str, variants: Sequence[Variant], sizes: Sizes, hashes: Ca
             what["train_tasks"] = list(variant.train_tasks)
         if variant.every_round:
             what["every_round"] = True
+        if variant.other_words:
+            what["other_words"] = True
         found += [Cell(experiment, variant.name, seed, what) for seed in range(sizes.seeds)]
     return found
 
@@ -157,7 +161,8 @@ def compute(cell: Cell, places: Places, progress: Progress = no_progress) -> dic
     rounds: list[dict[str, str]] = []
 
     def outcomes(policy: Policy) -> dict[str, str]:
-        found = arena.evaluate(policy, Split(what["split"]), tasks, scenes(cell.seed, what["trials"]))
+        words = wording.other if what.get("other_words") else None
+        found = arena.evaluate(policy, Split(what["split"]), tasks, scenes(cell.seed, what["trials"]), words)
         return {task: "".join(str(int(o.success)) for o in found if o.task == task) for task in tasks}
 
     def inverse() -> InverseDynamics:

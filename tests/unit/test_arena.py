@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from experiments import distortions
+from experiments import distortions, study, wording
 from experiments.arena import Arena, Run
 from services.simulator.envs.base import make
 from services.simulator.envs.metaworld import SPEC
+from world2act.models.text import words
 from world2act.schedule import EpisodeSpec
 from world2act.splits import Split, scene_seed
 from world2act.types import M
@@ -86,6 +87,20 @@ def test_success_is_measured_on_evaluation_and_tuning_scenes_only(arena: Arena) 
         arena.evaluate(Forward(), Split.POSTTRAIN, TASKS, [0])
     outcomes = arena.evaluate(Forward(), Split.TUNING, TASKS, range(2))
     assert [(o.task, o.index) for o in outcomes] == [(task, index) for index in range(2) for task in TASKS]
+
+
+def test_other_words_are_told_by_the_scene_and_change_nothing_else(arena: Arena, plain: list[Run]) -> None:
+    runs = arena.run(specs(), Forward(), wording=wording.other)
+    for before, run in zip(plain, runs, strict=True):
+        assert run.trajectory.instruction == wording.OTHER[before.trajectory.instruction][run.trajectory.index]
+        assert run.trajectory.prompts == before.trajectory.prompts
+        np.testing.assert_array_equal(run.trajectory.frames, before.trajectory.frames)
+
+
+def test_no_task_is_told_in_the_words_of_another() -> None:
+    assert {task.instruction for task in SPEC.tasks if task.name in study.TASKS} == set(wording.OTHER)
+    every = [" ".join(words(told)) for own, others in wording.OTHER.items() for told in (own, *others)]
+    assert len(set(every)) == 4 * len(wording.OTHER)
 
 
 def test_distortions_change_what_is_seen_and_leave_empty_cells_black(plain: list[Run]) -> None:

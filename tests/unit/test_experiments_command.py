@@ -72,7 +72,10 @@ def test_variants_say_what_differs() -> None:
     assert seen.tasks == seen.variant.train_tasks == unseen.variant.train_tasks
     assert set(seen.tasks or ()) | set(unseen.tasks or ()) == set(TASKS)
     what = study.cells("x", [seen.variant], Sizes(1, 1), lambda r: HASHES)[0].what
-    assert what["train_tasks"] == list(catalogue.SEEN) and "every_round" not in what
+    assert what["train_tasks"] == list(catalogue.SEEN) and not {"every_round", "other_words"} & set(what)
+    told, heard = catalogue.rows_of("cross-task", TASKS)[-2:]
+    own, other = study.cells("x", [replace(heard.variant, other_words=False), heard.variant], Sizes(1, 1), lambda r: HASHES)
+    assert other.what == own.what | {"other_words": True} and told.label in heard.against
     with pytest.raises(ValueError, match="cross-task needs some of"):
         catalogue.rows_of("cross-task", ("push",))
 
