@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -41,12 +42,17 @@ class Residual:
         return self.bundle.policy.settings.vision == "latent"
 
     def is_new(self, instruction: str) -> bool:
-        """Whether it was not trained on that instruction; the log says so once."""
+        """Whether it was not trained on that instruction; the log says so once, with the most similar one that it knows."""
         new = not self.bundle.knows(instruction)
         if new and instruction not in self.told and len(self.told) < MOST_TOLD:
             self.told.add(instruction)
+            closest = difflib.get_close_matches(instruction, self.bundle.instructions, n=1, cutoff=0.0)[0]
             log.warning(
-                "left to the base alone: not post-trained on", instruction=instruction, version=self.version, uri=self.uri
+                "left to the base alone: not post-trained on",
+                instruction=instruction,
+                closest=closest,
+                version=self.version,
+                uri=self.uri,
             )
         return new
 

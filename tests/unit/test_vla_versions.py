@@ -8,6 +8,7 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
+import structlog
 import torch
 
 from services.runtime.rpc import RpcError
@@ -123,10 +124,10 @@ def test_tasks_that_a_residual_was_not_trained_on_are_left_to_the_base(engine: E
     knowing = loaded(engine, 1)
     knowing.bundle.instructions = ("open the drawer",)
     three = replace(rows(3, 0), instructions=("Open the drawer.", "close the drawer", "open the drawer"))
-    (alone,), (mixed, other) = (
-        engine.compute([ActJob(three, None)]),
-        engine.compute([ActJob(three, knowing), ActJob(three, None)]),
-    )
+    (alone,) = engine.compute([ActJob(three, None)])
+    with structlog.testing.capture_logs() as log:
+        mixed, other = engine.compute([ActJob(three, knowing), ActJob(three, None)])
+    assert [(said["instruction"], said["closest"]) for said in log] == [("close the drawer", "open the drawer")]
     assert isinstance(mixed, Chunks) and isinstance(alone, Chunks) and isinstance(other, Chunks)
     assert mixed.unseen.tolist() == [False, True, False] and mixed.version == 1 and other.unseen.size == 0
     assert mixed.residual.any(axis=(1, 2)).tolist() == [True, False, True]
