@@ -322,7 +322,8 @@ EXPERIMENTS: dict[str, Experiment] = {
     "adapters": Experiment(
         "Residual against LoRA (paper Table 4)",
         "The same loss, targets and scenes; the paper's hours are of its own machines. Updates per second with all workers busy, "
-        "memory is the peak of a cell's whole process, simulators too: bench/adapters.py measures both apart.",
+        "memory is the peak of a cell's whole process, simulators too. Rows and seeds are of different "
+        "machines: rates are to be compared by bench/adapters.py, which measures both in one run.",
         _adapters,
         notes=COST,
     ),
