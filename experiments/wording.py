@@ -1,11 +1,12 @@
 """Other words for the tasks' instructions: what a user says who does not know the words that policies were trained on.
 
-Three a task, fixed before anything was measured, from near to far: a filler more, another verb or another order, no content word
-in common but where there is only one name for a thing. Scene i hears the one of i modulo three.
+Three a task, fixed before anything was measured, from near to far (`KINDS`). Scene i hears that of i modulo three.
 """
 
 from __future__ import annotations
 
+KINDS = ("a filler more", "another verb or order", "hardly a word in common")
+"""Of wordings, in their order."""
 OTHER: dict[str, tuple[str, str, str]] = {
     "reach the green goal": (
         "please reach the green goal",
@@ -47,5 +48,4 @@ OTHER: dict[str, tuple[str, str, str]] = {
 
 def other(instruction: str, index: int) -> str:
     """What scene `index` hears in place of `instruction`. Raises KeyError for one that has no other words."""
-    words = OTHER[instruction]
-    return words[index % len(words)]
+    return OTHER[instruction][index % len(KINDS)]
