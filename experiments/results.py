@@ -12,6 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import tyro
@@ -34,9 +35,9 @@ Grid = tuple[str, list[str], list[list[str]]]
 
 
 def grids(table: Table) -> list[Grid]:
-    """Success, contrasts and rates per task, for the page and the terminal."""
+    """Success, contrasts, rates per task and per round, for the page and the terminal."""
     shown = EXPERIMENTS[table.plan.experiment].notes
-    return [grid for grid in (_success(table, shown), _differences(table), _per_task(table)) if grid[2]]
+    return [grid for grid in (_success(table, shown), _differences(table), _per_task(table), _per_round(table)) if grid[2]]
 
 
 def _success(table: Table, shown: Sequence[str]) -> Grid:
@@ -93,6 +94,19 @@ def _per_task(table: Table) -> Grid:
         ["variant", *tasks],
         rows,
     )
+
+
+def _per_round(table: Table) -> Grid:
+    lines = [line for line in table.lines if line.rounds]
+    rows = []
+    for line in lines:
+        runs = list(line.rounds.values())
+        means = [[mean(values) for values in zip(*points, strict=True)] for points in zip(*runs, strict=True)]
+        ranks = " ".join(_rank(points) for points in runs)
+        rows.append([_name(line), *(f"{cosine:.3f} / {rate:.3f}" for cosine, rate in means), ranks])
+    rounds = [f"round {number}" for number in range(max((len(row) - 2 for row in rows), default=0))]
+    title = "Cosine / success after each round, means over training seeds; rank correlation of the two in each seed's run"
+    return title, ["variant", *rounds, "rank correlation by training seed"], rows
 
 
 def _task_text(rate: Rate | None, contrast: Contrast | None) -> str:
@@ -220,8 +234,7 @@ def _errors(kept: Mapping[str, Any]) -> Errors:
 
 
 def _rank(pairs: Sequence[tuple[float, float]]) -> str:
-    """Of ratios and gains, for a sentence."""
-    return f"{spearmanr(*zip(*pairs, strict=True)).statistic:.2f} (n {len(pairs)})" if len(pairs) > 2 else "too few"
+    return f"{spearmanr(*zip(*pairs, strict=True)).statistic:.2f}" if len(pairs) > 2 else "too few"
 
 
 def diagnosis(found: Sequence[Teacher], folder: str) -> list[str]:
@@ -249,7 +262,7 @@ def diagnosis(found: Sequence[Teacher], folder: str) -> list[str]:
     title, about = DIAGNOSIS
     lines = [f"## {title}", "", about, "", *markdown([*header, "the same, held out", "post-training gains"], rows), ""]
     if by_task:
-        said = "; ".join(f"{name} {_rank(pairs)}" for name, pairs in ranks.items())
+        said = "; ".join(f"{name} {_rank(pairs)} (n {len(pairs)})" for name, pairs in ranks.items())
         lines += [f"Rank correlation of imagined / base with the gain: {said}.", ""]
         lines += ["**imagined / base at visited states: gain, task by task**", ""]
         lines += [*markdown(["regime", *sorted(next(one.gain for one in found if one.gain).tasks)], by_task), ""]

@@ -106,7 +106,7 @@ def test_a_diagnosis_stands_beside_the_gain_of_the_same_weights(
     text = results.publish(tmp_path).read_text()
     assert f"| video-rich-4 | 5 | 0.50 | 0.10 | 0.25 | 0.50 | 0.60 | 0.40 (5) | {found.difference} (n 16) |" in text
     assert "| shipped | 5 | 0.50 | 0.10 | 0.25 | 0.50 | 0.60 |  | not measured with these weights |" in text, "other weights"
-    assert "visited too few; visited, by task too few; held out too few; held out, by task too few." in text
+    assert "visited too few (n 1); visited, by task too few (n 2); held out too few (n 1); held out, by task too few" in text
     assert "| video-rich-4 | 0.50: +0.88 | 0.50: +0.00 |" in text
     assert (tmp_path / "diagnosis.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -208,6 +208,10 @@ def test_plots_and_terminal_tables(plan: Plan, tmp_path: Path) -> None:
         results.show(table, console)
         assert "Wilson" in console.file.getvalue()  # type: ignore[attr-defined]
     assert table.lines[1].rounds == {0: [(0.5, 0.0), (0.75, 0.75)]}
+    assert results.grids(table)[-1][1:] == (
+        ["variant", "round 0", "round 1", "rank correlation by training seed"],
+        [["default", "0.500 / 0.000", "0.750 / 0.750", "too few"]],
+    )
 
 
 def test_publish_writes_page_tables_and_plots(plan: Plan, tmp_path: Path) -> None:
