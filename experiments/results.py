@@ -97,9 +97,8 @@ def _per_task(table: Table) -> Grid:
 
 
 def _per_round(table: Table) -> Grid:
-    lines = [line for line in table.lines if line.rounds]
     rows = []
-    for line in lines:
+    for line in (line for line in table.lines if line.rounds):
         runs = list(line.rounds.values())
         means = [[mean(values) for values in zip(*points, strict=True)] for points in zip(*runs, strict=True)]
         ranks = " ".join(_rank(points) for points in runs)
@@ -170,7 +169,7 @@ source of chance. Training is another: success and difference by training seed s
 not share should not be believed. A training seed is one of post-training (or of the baseline) and of its scenes; base, world
 model and Stage 1 of a regime are trained once, and what another training of them would give is in no interval. The paper's
 numbers (RoboCasa, GR00T-N1.6, 24 tasks) are of another benchmark, robot and model size: compare directions, not values. Wall
-times are of cells that ran side by side, on machines of which one was three times as fast as another: rates have benchmarks.
+times are of cells that ran side by side, on machines of different speed: rates have benchmarks.
 """
 
 
