@@ -315,8 +315,9 @@ EXPERIMENTS: dict[str, Experiment] = {
     ),
     "objectives": Experiment(
         "Objectives and targets (the paper's loss ablation)",
-        "One change each from preset `default`, in Stage 2 alone; the paper preset differs in both stages. Seeds 1 and 2 of "
-        "all rows but default, decode and InfoNCE at bound 1 were trained on a GPU, whose seconds they have (decision 055).",
+        "One change each from preset `default`, in Stage 2 alone; the paper preset differs in both stages. Seed 1 of all rows "
+        "but default, decode and InfoNCE at bound 1, and seed 2 of those with two terms, were trained on a GPU, whose seconds "
+        "they have (decision 055).",
         _objectives,
     ),
     "adapters": Experiment(
